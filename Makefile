@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both first make .venv with the pinned dependencies.
+
+PYTHON ?= python3
+SEED ?= 0
+RUNS ?= runs
+BIN := .venv/bin
+
+.PHONY: install demo test lint clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# Each command is printed before it runs, so that you can run it alone afterwards.
+demo: install
+	$(BIN)/python train_sft.py --data helpdesk:corpus --out $(RUNS)/pretrain --seed $(SEED) --overwrite
+	$(BIN)/python train_sft.py --init $(RUNS)/pretrain --out $(RUNS)/sft --seed $(SEED) --overwrite
+	$(BIN)/python train_rm.py --init $(RUNS)/sft --out $(RUNS)/rm --seed $(SEED) --overwrite
+	$(BIN)/python train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm --out $(RUNS)/ppo --seed $(SEED) --overwrite
+	$(BIN)/python train_dpo.py --init $(RUNS)/sft --out $(RUNS)/dpo --seed $(SEED) --overwrite
+	$(BIN)/python -m minirlhf.evaluate $(RUNS)/ppo $(RUNS)/dpo --baseline $(RUNS)/sft --reward $(RUNS)/rm --out $(RUNS)/report
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,566 @@
+"""PPO: improve the policy on a reward while a KL penalty holds it to the reference.
+
+    maximise  E_{y~π} [ r(x, y) ] - β · KL(π‖π_ref)
+
+The KL term is what keeps the text human: without it the policy finds whatever the reward model overrates. One step of
+the loop draws responses (1), scores them (2), turns scores and KL into a reward a token (3), estimates advantages (4)
+and takes several clipped gradient steps on them (5).
+
+Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms"; Ziegler et al. 2019, "Fine-Tuning Language
+Models from Human Preferences" (the KL reward and its controller); Stiennon et al. 2020; Ouyang et al. 2022.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minirlhf import InputError
+from minirlhf.generate import Sampling, generate
+from minirlhf.model import GPT, ScalarModel, adamw, response_stats, scatter_counted
+from minirlhf.rewards import Reward, TokenText, score
+from minirlhf.runs import (
+    Run,
+    autocast,
+    check_at_least,
+    check_positive,
+    check_share,
+    console,
+    cosine_lr,
+    seeded,
+    set_lr,
+)
+from minirlhf.token_stats import TokenStats, token_stats
+from minirlhf.tokenizer import Tokenizer
+
+NOISE_FLOOR = {"fp32": 1e-3, "bf16": 0.25}  # nats a token that sampling and training may differ by through rounding
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """How to run PPO."""
+
+    steps: int = 60
+    """Rollouts, each followed by its updates."""
+    batch_size: int = 128
+    """Responses a rollout."""
+    responses_per_prompt: int = 1
+    """Responses drawn to each prompt."""
+    epochs: int = 4
+    """Passes over a rollout."""
+    minibatches: int = 4
+    """Optimiser steps in a pass."""
+    microbatch_size: int = 0
+    """Responses in memory at a time; gradients accumulate to those of the minibatch. 0 = the whole minibatch."""
+    response_tokens: str = "48"
+    """Response limit in tokens: a number, or LOW:HIGH to draw one for each response."""
+    temperature: float = 1.0
+    """Of the sampling, and of every log-prob."""
+    lr: float = 5e-4
+    """Peak learning rate of the policy; falls along half a cosine to a tenth."""
+    critic_lr: float = 1e-3
+    """Peak learning rate of a separate critic."""
+    warmup_steps: int = 2
+    """Rollouts until the peak."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    clip: float = 0.2
+    """ε: how far the ratio π/π_old is followed."""
+    value_clip: float = 0.2
+    """How far values may move from those of the rollout; 0 = no limit."""
+    value_coef: float = 0.5
+    """Weight of the value loss beside the policy loss (it matters for a shared critic)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    gamma: float = 1.0
+    """Discount a token."""
+    lam: float = 0.95
+    """GAE's λ: 1 trusts the rewards seen, 0 the critic."""
+    whiten: bool = True
+    """Advantages to mean 0 and deviation 1 over the rollout."""
+    kl_coef: float = 0.05
+    """β, the price of a nat of KL(π‖π_ref), in units of the score."""
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
+    """Of the KL that is paid for; all of them are logged."""
+    kl_in: Literal["reward", "loss", "both"] = "reward"
+    """Where it is paid: in each token's reward, in the loss, or in both (for `exact`: the lowest-variance choice)."""
+    kl_target: float = 0.0
+    """Adaptive β: the KL a response to steer to, in nats; 0 = β stays fixed."""
+    kl_horizon: int = 2000
+    """Adaptive β: responses over which it adapts."""
+    reward_clip: float = 0.0
+    """Scores are cut to ±this; 0 = not."""
+    normalise_reward: bool = False
+    """Scores to mean 0 and deviation 1 over all rollouts so far."""
+    missing_eot_penalty: float = 1.0
+    """Taken from the score of a response that was cut at the limit."""
+    stop_kl: float = 0.0
+    """End a rollout's updates when KL(π_old‖π) a token exceeds this; 0 = never."""
+    critic: Literal["separate", "shared"] = "separate"
+    """A network of its own, or a second head on the policy."""
+    sample_every: int = 20
+    """Rollouts between sample tables."""
+
+    def __post_init__(self):
+        check_at_least(1, steps=self.steps, batch_size=self.batch_size, epochs=self.epochs)
+        check_at_least(1, responses_per_prompt=self.responses_per_prompt, minibatches=self.minibatches)
+        check_at_least(1, sample_every=self.sample_every, kl_horizon=self.kl_horizon)
+        check_positive(temperature=self.temperature, lr=self.lr, critic_lr=self.critic_lr, clip=self.clip)
+        check_positive(max_grad_norm=self.max_grad_norm)
+        check_at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, value_clip=self.value_clip)
+        check_at_least(0, value_coef=self.value_coef, kl_coef=self.kl_coef, kl_target=self.kl_target)
+        check_at_least(0, reward_clip=self.reward_clip, stop_kl=self.stop_kl, microbatch_size=self.microbatch_size)
+        check_at_least(0, entropy_coef=self.entropy_coef, missing_eot_penalty=self.missing_eot_penalty)
+        check_share(gamma=self.gamma, lam=self.lam)
+        parse_range("--response-tokens", self.response_tokens)
+        if self.batch_size % self.responses_per_prompt or self.batch_size % self.minibatches:
+            raise InputError(
+                f"--batch-size {self.batch_size} must be a multiple of --responses-per-prompt "
+                f"{self.responses_per_prompt} and of --minibatches {self.minibatches}"
+            )
+
+    @property
+    def response_range(self) -> tuple[int, int]:
+        """Lowest and highest response limit in tokens."""
+        return parse_range("--response-tokens", self.response_tokens)
+
+
+def parse_range(flag: str, text: str) -> tuple[int, int]:
+    """'8' → (8, 8), '2:8' → (2, 8)."""
+    low, _, high = text.partition(":")
+    try:
+        limits = int(low), int(high or low)
+    except ValueError as error:
+        raise InputError(f"{flag} must be a number or LOW:HIGH, got {text!r}") from error
+    if not 1 <= limits[0] <= limits[1]:
+        raise InputError(f"{flag} must hold 1 <= LOW <= HIGH, got {text!r}")
+    return limits
+
+
+# --- equations --------------------------------------------------------------------------------------------------------
+# All of them on (B, R) tensors over the response, with a mask that is True where a token counts.
+
+
+def masked_mean(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, ""]:
+    """Mean over the tokens that count."""
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """Mean 0 and deviation 1 over the tokens that count; 0 elsewhere."""
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean).square(), mask)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)
+
+
+def kl_terms(
+    logprobs: Float[Tensor, "B R"], ref_logprobs: Float[Tensor, "B R"], exact: Float[Tensor, "B R"], estimator: str
+) -> Float[Tensor, "B R"]:
+    """KL(π‖π_ref) token by token, from tokens drawn from π; in nats.
+
+        k1 = log π/π_ref                     unbiased, can be negative
+        k2 = ½ (log π/π_ref)²                biased, low variance
+        k3 = π_ref/π - 1 - log π_ref/π       unbiased, never negative
+        exact = Σ_v π(v) log π(v)/π_ref(v)   the whole vocabulary: no sampling noise at all
+
+    Source: Schulman 2020, "Approximating KL Divergence" (k1, k2, k3).
+    """
+    logratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return logratio
+    if estimator == "k2":
+        return 0.5 * logratio.square()
+    if estimator == "k3":
+        return torch.expm1(-logratio) + logratio
+    return exact
+
+
+def shape_rewards(
+    scores: Float[Tensor, " B"], kl: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], kl_coef: float
+) -> Float[Tensor, "B R"]:
+    """Each token pays for its KL, and the last one receives the score.
+
+        r_t = -β · KL_t + [t is the response's last token] · score
+
+    Source: Ziegler et al. 2019, eq. 2; Stiennon et al. 2020, section 3.4.
+    """
+    rewards = torch.where(mask, -kl_coef * kl, 0.0)
+    last = mask.sum(-1, keepdim=True) - 1  # (B, 1)
+    return rewards.scatter_add(1, last, scores[:, None])
+
+
+def gae(
+    rewards: Float[Tensor, "B R"],
+    values: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
+    """Generalised advantage estimation, backwards over the response.
+
+        δ_t = r_t + γ V_{t+1} - V_t,    A_t = δ_t + γ λ A_{t+1},    return_t = A_t + V_t
+
+    Past the last token value and advantage are 0, for responses cut at the limit too: the score at the last token is
+    all that will come.
+
+    Source: Schulman et al. 2016, eq. 11, 12 and 16.
+
+    Args:
+        rewards: (B, R), in units of the score.
+        values: (B, R), V(s_t) before token t is drawn.
+        mask: (B, R), True where a token counts; responses start in the first column.
+        gamma: discount a token.
+        lam: λ.
+
+    Returns:
+        (advantages, returns), each (B, R), 0 where nothing counts.
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = next_advantage = rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        counts = mask[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(counts, delta + gamma * lam * next_advantage, 0.0)
+        advantages[:, t] = advantage
+        next_value, next_advantage = torch.where(counts, values[:, t], 0.0), advantage
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def policy_loss(
+    logprobs: Float[Tensor, "*n"], old_logprobs: Float[Tensor, "*n"], advantages: Float[Tensor, "*n"], clip: float
+) -> Float[Tensor, "*n"]:
+    """The clipped surrogate, token by token, to be minimised.
+
+        L = -min(ρ A, clip(ρ, 1-ε, 1+ε) A),    ρ = π(y_t)/π_old(y_t)
+
+    The minimum makes it a lower bound: a ratio beyond ε stops earning, but is always pulled back.
+
+    Source: Schulman et al. 2017, eq. 7.
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def value_loss(
+    values: Float[Tensor, "*n"], old_values: Float[Tensor, "*n"], returns: Float[Tensor, "*n"], clip: float
+) -> Float[Tensor, "*n"]:
+    """½ (V - return)², token by token; with a clip, the larger of the plain and the clipped error.
+
+        L = ½ max( (V - G)², (V_old + clip(V - V_old, -ε, ε) - G)² )
+
+    Source: OpenAI baselines' ppo2, as Ziegler et al. 2019 released it. Clip 0 turns it off.
+    """
+    error = (values - returns).square()
+    if clip > 0:
+        clipped = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (clipped - returns).square())
+    return 0.5 * error
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, batch_size: int, horizon: int) -> float:
+    """Proportional controller of β on the KL summed over the response.
+
+        e = clip(KL/target - 1, -0.2, 0.2),    β ← β · (1 + e · batch/horizon)
+
+    Source: Ziegler et al. 2019, section 2.2.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return kl_coef * (1.0 + error * batch_size / horizon)
+
+
+def explained_variance(values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> float:
+    """1 - Var(return - V)/Var(return) over the tokens that count: 1 = the critic knows, 0 = it may as well be constant."""
+    errors, targets = (returns - values)[mask], returns[mask]
+    if len(targets) < 2:
+        return math.nan
+    return float(1 - errors.var() / targets.var().clamp(min=1e-8))
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """Responses and everything that is known of them before the first update."""
+
+    tokens: Int[Tensor, "B T"]  # prompt and response, right-padded
+    counted: Bool[Tensor, "B T"]  # True at the response's tokens in `tokens`
+    responses: Int[Tensor, "B R"]
+    mask: Bool[Tensor, "B R"]
+    old_logprobs: Float[Tensor, "B R"]  # the log-probs the tokens were drawn with
+    truncated: Bool[Tensor, " B"]
+
+
+def rollout(
+    policy: GPT,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    eot: int,
+    temperature: float,
+    generator: torch.Generator,
+    kernel: str = "auto",
+) -> Rollout:
+    """Draw responses and lay them out for training: token in, token out, nothing is tokenised again."""
+    drawn = generate(policy, prompts, eot, limits, generator, Sampling(temperature), kernel)
+    lengths = drawn.mask.sum(-1).tolist()
+    T = max(len(prompt) + length for prompt, length in zip(prompts, lengths))
+    tokens = torch.full((len(prompts), T), eot, device=drawn.responses.device)
+    counted = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (prompt, length) in enumerate(zip(prompts, lengths)):
+        end = len(prompt) + length
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+        tokens[row, len(prompt) : end] = drawn.responses[row, :length]
+        counted[row, len(prompt) : end] = True
+    return Rollout(tokens, counted, drawn.responses, drawn.mask, drawn.logprobs, drawn.truncated)
+
+
+def token_values(critic: ScalarModel, tokens: Int[Tensor, "B T"], counted: Bool[Tensor, "B T"]) -> Float[Tensor, " N"]:
+    """V(s_t) for each counted token t: the critic's output one position before it, where t is yet to be drawn."""
+    return critic(tokens[:, :-1])[counted[:, 1:]]
+
+
+def stats_and_values(
+    policy: GPT, critic: ScalarModel, tokens: Tensor, counted: Tensor, ref: GPT | None, temperature: float, kernel: str
+) -> tuple[TokenStats, Float[Tensor, " N"]]:
+    """The policy's statistics and the critic's values at the counted tokens; a shared trunk runs once."""
+    if critic.trunk is not policy:
+        stats = response_stats(policy, tokens, counted, ref, temperature=temperature, kernel=kernel)
+        return stats, token_values(critic, tokens, counted)
+    predicts = counted[:, 1:]
+    hidden = policy(tokens[:, :-1])[predicts]  # (N, D)
+    ref_logits = None
+    if ref is not None:
+        with torch.no_grad():
+            ref_logits = ref.logits(ref(tokens[:, :-1])[predicts])
+    targets = tokens[:, 1:][predicts]
+    stats = token_stats(policy.logits(hidden), targets, ref_logits, temperature=temperature, kernel=kernel)
+    return stats, critic.score(hidden).squeeze(-1)
+
+
+def train(
+    policy: GPT,
+    ref: GPT,
+    critic: ScalarModel,
+    reward: Reward,
+    prompts_at: Callable[[int], list[list[int]]],
+    tokenizer: Tokenizer,
+    config: PPOConfig,
+    run: Run,
+    *,
+    seed: int,
+    gold: Reward | None = None,
+    dtype: str = "fp32",
+    kernel: str = "auto",
+) -> dict[str, float]:
+    """Train `policy` and `critic` in place.
+
+    Args:
+        policy: starts as the reference.
+        ref: frozen.
+        critic: a `ScalarModel` of its own, or one whose trunk is `policy` (a shared critic).
+        reward: scores responses; what is optimised.
+        prompts_at: batch_size/responses_per_prompt prompts of a step as token ids, a pure function of the step.
+        tokenizer: turns responses into text, for people and for rewards that read text.
+        config: see `PPOConfig`.
+        run: where metrics, samples and checkpoints go.
+        seed: of the sampling.
+        gold: a judge that is logged and never optimised.
+        dtype: fp32 or bf16 matrix products.
+        kernel: which `token_stats`.
+
+    Returns:
+        The last step's metrics.
+    """
+    device = policy.wte.weight.device
+    shared = critic.trunk is policy
+    optimizer = adamw(policy, config.lr, config.weight_decay)
+    if shared:
+        optimizer.add_param_group({"params": list(critic.score.parameters()), "weight_decay": 0.0})
+        critic_optimizer = optimizer
+    else:
+        critic_optimizer = adamw(critic, config.critic_lr, config.weight_decay)
+    state = {"kl_coef": config.kl_coef, "score_count": 0.0, "score_mean": 0.0, "score_m2": 0.0}
+    parts = {"critic": critic, "optimizer": optimizer} | (
+        {} if shared else {"policy": policy, "critic_optimizer": critic_optimizer}
+    )
+    start = run.restore(numbers=state, **parts)
+    metrics: dict[str, float] = {}
+
+    for step in run.range(start):
+        began = time.perf_counter()
+        lr_share = cosine_lr(step, config.steps, 1.0, config.warmup_steps)
+        set_lr(optimizer, lr_share * config.lr)
+        if not shared:
+            set_lr(critic_optimizer, lr_share * config.critic_lr)
+
+        # 1. Rollout: responses from the policy as it is.
+        prompts = [p for p in prompts_at(step) for _ in range(config.responses_per_prompt)]
+        low, high = config.response_range
+        limits = torch.randint(low, high + 1, (len(prompts),), generator=seeded(seed, step, 1)).tolist()
+        draws = seeded(seed, step, 2, device=device)
+        episodes = rollout(policy, prompts, limits, tokenizer.eot, config.temperature, draws, kernel)
+        mask = episodes.mask  # (B, R)
+
+        # 2. Score: the reward reads the tokens that were drawn, or their text.
+        asked = [TokenText(tokenizer.decode(p), p) for p in prompts]
+        rows = [row[keep].tolist() for row, keep in zip(episodes.responses.cpu(), mask.cpu())]
+        answered = [TokenText(tokenizer.decode(row), row) for row in rows]
+        scores = score(reward, asked, answered).to(device)  # (B,)
+        shaped_scores = shape_scores(scores, episodes.truncated, state, config)
+
+        # 3. Rewards: KL(π‖π_ref) a token, the score at the last one.
+        with torch.no_grad(), autocast(device, dtype):
+            pieces = zip(*(part.split(config.microbatch_size or len(prompts)) for part in episodes[:2]))
+            before = [
+                stats_and_values(policy, critic, tokens, counted, ref, config.temperature, kernel)
+                for tokens, counted in pieces
+            ]
+        recomputed, ref_logprobs, exact_kl, entropy, values = (
+            scatter_counted(torch.cat(column).float(), mask)
+            for column in zip(*((s.logprobs, s.ref_logprobs, s.kl, s.entropy, v) for s, v in before))
+        )  # each (B, R)
+        old_logprobs = episodes.old_logprobs
+        drift = float((recomputed - old_logprobs).abs().max())
+        if step == start:
+            check_ratio(drift, NOISE_FLOOR[dtype])
+        kl = kl_terms(old_logprobs, ref_logprobs, exact_kl, config.kl_estimator)
+        rewards = shape_rewards(shaped_scores, kl, mask, state["kl_coef"] if config.kl_in != "loss" else 0.0)
+
+        # 4. Advantages.
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        if config.whiten:
+            advantages = whiten(advantages, mask)
+        rollout_seconds = time.perf_counter() - began
+
+        # 5. Updates: several passes over the rollout in minibatches.
+        began = time.perf_counter()
+        sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "ratio_max", "old_kl", "grad_norm"), 0.0)
+        updates, stopped = 0, False
+        for epoch in range(config.epochs):
+            order = torch.randperm(len(prompts), generator=seeded(seed, step, 3, epoch)).to(device)
+            for rows_now in order.chunk(config.minibatches):
+                tokens_now = int(mask[rows_now].sum())
+                seen = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "old_kl"), 0.0)
+                for piece in rows_now.split(config.microbatch_size or len(rows_now)):
+                    counts = mask[piece]  # (b, R); the flat (N,) tensors below list its True entries row by row
+                    width = int(episodes.counted[piece].any(0).nonzero().max()) + 1
+                    tokens, counted = episodes.tokens[piece, :width], episodes.counted[piece, :width]
+                    reference = ref if config.kl_in != "reward" else None
+                    with autocast(device, dtype):
+                        now, new_values = stats_and_values(
+                            policy, critic, tokens, counted, reference, config.temperature, kernel
+                        )
+                    old, advantage = old_logprobs[piece][counts], advantages[piece][counts]  # (N,)
+                    losses = policy_loss(now.logprobs, old, advantage, config.clip)
+                    values_off = value_loss(
+                        new_values.float(), values[piece][counts], returns[piece][counts], config.value_clip
+                    )
+                    loss = losses.sum() + config.value_coef * values_off.sum()
+                    loss = loss - config.entropy_coef * now.entropy.sum()
+                    if reference is not None:
+                        penalty = kl_terms(now.logprobs, now.ref_logprobs, now.kl, config.kl_estimator)
+                        loss = loss + state["kl_coef"] * penalty.sum()
+                    (loss / tokens_now).backward()
+
+                    with torch.no_grad():
+                        logratio = now.logprobs - old
+                        ratio = logratio.exp()
+                        seen["policy_loss"] += losses.sum().item() / tokens_now
+                        seen["value_loss"] += values_off.sum().item() / tokens_now
+                        seen["clip_fraction"] += ((ratio - 1).abs() > config.clip).sum().item() / tokens_now
+                        seen["old_kl"] += (ratio - 1 - logratio).sum().item() / tokens_now  # k3 of KL(π_old‖π)
+                        sums["ratio_max"] = max(sums["ratio_max"], ratio.max().item())
+                trained = [policy, critic.score] if shared else [policy]
+                grad_norm = torch.nn.utils.clip_grad_norm_(
+                    [p for module in trained for p in module.parameters()], config.max_grad_norm
+                )
+                run.require_finite(step, policy_loss=seen["policy_loss"], value_loss=seen["value_loss"])
+                run.require_finite(step, gradient=grad_norm)
+                if not shared:
+                    torch.nn.utils.clip_grad_norm_(critic.parameters(), config.max_grad_norm)
+                    critic_optimizer.step()
+                    critic_optimizer.zero_grad()
+                optimizer.step()
+                optimizer.zero_grad()
+                updates += 1
+                for name, value in seen.items():
+                    sums[name] += value
+                sums["grad_norm"] += float(grad_norm)
+                if config.stop_kl and seen["old_kl"] > config.stop_kl:
+                    stopped = True
+                    break
+            if stopped:
+                break
+
+        # 6. Log: sums over a response, means over responses or over the tokens that count.
+        k1 = (old_logprobs - ref_logprobs).sum(-1)  # (B,)
+        kl_coef = state["kl_coef"]
+        if config.kl_target > 0:
+            state["kl_coef"] = adapt_kl_coef(
+                kl_coef, float(exact_kl.sum(-1).mean()), config.kl_target, len(prompts), config.kl_horizon
+            )
+        lengths = mask.sum(-1).float()
+        metrics = {
+            "reward": float(scores.mean()),
+            "reward_std": float(scores.std(correction=0)),
+            "gold": float(score(gold, asked, answered).mean()) if gold is not None else None,
+            "kl_k1": float(k1.mean()),
+            "kl_k1_se": float(k1.std()) / math.sqrt(len(k1)) if len(k1) > 1 else None,
+            "kl_k3": float(kl_terms(old_logprobs, ref_logprobs, exact_kl, "k3").sum(-1).mean()),
+            "kl_exact": float(exact_kl.sum(-1).mean()),
+            "objective": float(scores.mean()) - kl_coef * float(exact_kl.sum(-1).mean()),
+            "entropy": float(masked_mean(entropy, mask)),
+            "length": float(lengths.mean()),
+            "eot_rate": float((~episodes.truncated).float().mean()),
+            "explained_variance": explained_variance(values, returns, mask),
+            "advantage_std": float(advantages[mask].std(correction=0)),
+            **{name: value if name == "ratio_max" else value / updates for name, value in sums.items()},
+            "updates": updates,
+            "ratio_drift": drift,
+            "kl_coef": kl_coef,
+            "lr": lr_share * config.lr,
+            "rollout_seconds": rollout_seconds,
+            "update_seconds": time.perf_counter() - began,
+        }
+        run.log(step, metrics, show=("reward", "gold", "kl_exact"))
+        if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
+            shown = range(0, len(prompts), max(1, len(prompts) // 3))
+            run.samples(
+                step,
+                [{"prompt": asked[i], "response": answered[i], "reward": float(scores[i])} for i in list(shown)[:3]],
+            )
+        run.checkpoint(step + 1, numbers=state, **parts)
+    return metrics
+
+
+def shape_scores(
+    scores: Float[Tensor, " B"], truncated: Bool[Tensor, " B"], state: dict[str, float], config: PPOConfig
+) -> Float[Tensor, " B"]:
+    """Scores as PPO sees them: normalised over all rollouts so far, clipped, less the penalty for never ending."""
+    if config.normalise_reward:  # Chan et al. 1979: means and squared deviations of two samples, joined
+        n, mean, m2 = state["score_count"], state["score_mean"], state["score_m2"]
+        new, delta = len(scores), float(scores.mean()) - mean
+        state["score_count"] = n + new
+        state["score_mean"] = mean + delta * new / (n + new)
+        state["score_m2"] = m2 + float((scores - scores.mean()).square().sum()) + delta**2 * n * new / (n + new)
+        deviation = math.sqrt(state["score_m2"] / state["score_count"]) + 1e-8
+        scores = (scores - state["score_mean"]) / deviation
+    if config.reward_clip:
+        scores = scores.clamp(-config.reward_clip, config.reward_clip)
+    return scores - config.missing_eot_penalty * truncated.float()
+
+
+def check_ratio(drift: float, floor: float) -> None:
+    """Before the first update π = π_old, so that every ratio is 1 but for rounding: anything else is a bug."""
+    if not drift <= floor:
+        raise RuntimeError(
+            f"before the first update, log-probs differ from those the tokens were drawn with by {drift:.2e} nats "
+            f"(allowed: {floor:.0e}): sampling and training do not agree on the policy"
+        )
+    console.print(f"  first ratio: π/π_old is 1 within {math.expm1(drift):.1e} (allowed: {floor:.0e})")

@@ -1,0 +1,260 @@
+"""The reward model: a GPT trunk with a scalar head, learnt from what people prefer.
+
+People cannot say what a response is worth, but they can say which of two is better. The model of their choice is
+Bradley & Terry's (1952) for pairs, and Plackett & Luce's (1959, 1975) for rankings: the best is chosen first, with
+probability proportional to e^r, then the best of the rest, and so on. Maximum likelihood under it gives the reward r,
+up to a constant per prompt that no comparison can see.
+
+Source: Christiano et al. 2017, eq. 1; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, eq. 1.
+Differs: Ouyang et al. average over the pairs of a ranking as if they were independent; we use the ranking's own
+likelihood, with ties summed over the orders that agree with them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from minirlhf import InputError
+from minirlhf.data import Example, Ranking, batch_indices, collate, make_example
+from minirlhf.model import ScalarModel, adamw, last_token
+from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
+from minirlhf.tokenizer import Tokenizer
+
+MAX_TIED = 10  # the likelihood of m tied responses sums over 2^m subsets
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """How to train a reward model."""
+
+    steps: int = 250
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Rankings (or pairs) a step."""
+    microbatch_size: int = 0
+    """Rankings in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 20
+    """Steps until the peak; from there half a cosine down to a tenth."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    margin: float = 0.0
+    """By how much a better response must lead a worse one (Touvron et al. 2023, eq. 2)."""
+    centring: float = 0.0
+    """Weight of the penalty on (Σ scores)², which fixes the free constant (Eisenstein et al. 2023, section 2)."""
+    held_out: float = 0.05
+    """Share of the records kept for the held-out accuracy."""
+    eval_every: int = 100
+    """Steps between held-out accuracies."""
+
+    def __post_init__(self):
+        check_at_least(1, steps=self.steps, batch_size=self.batch_size, eval_every=self.eval_every)
+        check_at_least(0, microbatch_size=self.microbatch_size, warmup_steps=self.warmup_steps)
+        check_at_least(0, weight_decay=self.weight_decay, margin=self.margin, centring=self.centring)
+        check_positive(lr=self.lr, max_grad_norm=self.max_grad_norm)
+        check_share(held_out=self.held_out)
+
+
+# --- equations --------------------------------------------------------------------------------------------------------
+
+
+def ranking_loss(scores: Float[Tensor, "B K"], ranks: Sequence[int], margin: float = 0.0) -> Float[Tensor, " B"]:
+    """Negative log-likelihood of rankings that share one pattern of ranks, under Plackett–Luce.
+
+        P(y_1 > y_2 > … > y_K) = Π_k e^{r_k} / (e^{r_k} + Σ_{j ranked below k} e^{r_j})
+
+    For a pair this is Bradley–Terry, -log σ(r_chosen - r_rejected). Tied responses mean that their order is not known:
+    their probability is the sum over all their orders, found by going through the subsets S of tied responses that are
+    yet to be placed, F(S) = Σ_{i∈S} e^{r_i} / (Σ_{j∈S} e^{r_j} + Σ_{j below} e^{r_j}) · F(S∖i). A margin m adds to the
+    score of every response ranked below.
+
+    Source: Plackett 1975, eq. 5; Ouyang et al. 2022, eq. 1 (K = 2); Touvron et al. 2023, eq. 2 (the margin).
+
+    Args:
+        scores: (B, K), one row a ranking.
+        ranks: K ranks, 1 = best, equal = tied; the same for all rows.
+        margin: in units of the score.
+
+    Returns:
+        (B,) in nats; 0 where all are tied, since that says nothing.
+
+    Raises:
+        ValueError: ranks that do not fit the scores, or more than `MAX_TIED` responses tied.
+    """
+    if len(ranks) != scores.shape[1]:
+        raise ValueError(f"{scores.shape[1]} scores a row but {len(ranks)} ranks")
+    loss = scores.new_zeros(len(scores))
+    for rank in sorted(set(ranks))[:-1]:  # the last to be placed has no rival left
+        tied = [k for k, other in enumerate(ranks) if other == rank]
+        if len(tied) > MAX_TIED:
+            raise ValueError(f"{len(tied)} responses are tied; at most {MAX_TIED} can be")
+        below = [k for k, other in enumerate(ranks) if other > rank]
+        rivals = torch.logsumexp(scores[:, below] + margin, dim=-1)  # (B,)
+        log_f = {(): scores.new_zeros(len(scores))}
+        for size in range(1, len(tied) + 1):
+            for left in combinations(tied, size):  # the tied responses yet to be placed
+                total = torch.logaddexp(torch.logsumexp(scores[:, list(left)], dim=-1), rivals)
+                orders = [scores[:, i] - total + log_f[tuple(j for j in left if j != i)] for i in left]
+                log_f[left] = torch.logsumexp(torch.stack(orders), dim=0)
+        loss = loss - log_f[tuple(tied)]
+    return loss
+
+
+def centring_loss(scores: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
+    """(Σ_k r_k)²: pulls the scores of a prompt's responses towards mean 0.
+
+    Comparisons leave a constant per prompt free; a policy trained on the scores would see it as noise.
+    Source: Eisenstein et al. 2023, "Helping or Herding?", section 2 (K = 2).
+    """
+    return scores.sum(-1).square()
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class Rankings(NamedTuple):
+    """All responses of some rankings in one batch, N = the sum of their K."""
+
+    tokens: Int[Tensor, "N T"]
+    mask: Bool[Tensor, "N T"]
+    groups: list[tuple[Int[Tensor, "B K"], tuple[int, ...]]]  # rows of `tokens`, and the ranks these rankings share
+
+
+class RankedExamples(NamedTuple):
+    """One ranking, tokenised."""
+
+    examples: list[Example]
+    ranks: tuple[int, ...]
+
+
+def tokenise(rankings: Sequence[Ranking], tokenizer: Tokenizer, context: int) -> tuple[list[RankedExamples], int]:
+    """Token ids of rankings, best response first, and how many records had to be cut to the context."""
+    made, cut_records = [], 0
+    for ranking in rankings:
+        order = sorted(range(len(ranking.ranks)), key=lambda k: ranking.ranks[k])
+        ranks = tuple(ranking.ranks[k] for k in order)
+        dense = {rank: i for i, rank in enumerate(sorted(set(ranks)), start=1)}  # 1, 3, 3 → 1, 2, 2
+        if max(ranks.count(rank) for rank in ranks) > MAX_TIED:
+            raise InputError(
+                f"{ranking.source or 'a ranking'}: more than {MAX_TIED} responses are tied; break some ties"
+            )
+        pieces = [make_example(tokenizer, ranking.prompt, ranking.responses[k], context) for k in order]
+        made.append(RankedExamples([example for example, _ in pieces], tuple(dense[rank] for rank in ranks)))
+        cut_records += any(cut for _, cut in pieces)
+    return made, cut_records
+
+
+def collate_rankings(ranked: Sequence[RankedExamples], fill: int) -> Rankings:
+    """Flatten rankings into one right-padded batch; those with the same pattern of ranks form a group."""
+    batch = collate([example for one in ranked for example in one.examples], fill)
+    rows: dict[tuple[int, ...], list[list[int]]] = {}
+    start = 0
+    for one in ranked:
+        rows.setdefault(one.ranks, []).append(list(range(start, start + len(one.ranks))))
+        start += len(one.ranks)
+    return Rankings(batch.tokens, batch.mask, [(torch.tensor(r), ranks) for ranks, r in sorted(rows.items())])
+
+
+def score_batch(model: ScalarModel, batch: Rankings) -> Float[Tensor, " N"]:
+    """The score of each response, read at its last token (right padding needs no mask)."""
+    device = model.score.weight.device
+    return last_token(model(batch.tokens.to(device)), batch.mask.to(device))
+
+
+def pair_accuracy(model: ScalarModel, batches: Sequence[Rankings]) -> float:
+    """Share of strictly ordered pairs that the scores order as the annotators did; equal scores count half."""
+    right = total = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            scores = score_batch(model, batch).float()
+            for rows, ranks in batch.groups:
+                for better, worse in combinations(range(len(ranks)), 2):
+                    if ranks[better] != ranks[worse]:
+                        lead = scores[rows[:, better]] - scores[rows[:, worse]]
+                        right += float((lead > 0).sum() + 0.5 * (lead == 0).sum())
+                        total += len(rows)
+    return right / max(1.0, total)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def batches(
+    train_rankings: Sequence[Ranking],
+    held_out: Sequence[Ranking],
+    tokenizer: Tokenizer,
+    context: int,
+    config: RewardModelConfig,
+    seed: int,
+) -> tuple[Callable[[int], list[Rankings]], list[Rankings]]:
+    """What to train on: the microbatches of a step as a pure function of the step, and the held-out batches."""
+    ranked, cut = tokenise(train_rankings, tokenizer, context)
+    rest, cut_rest = tokenise(held_out, tokenizer, context)
+    if cut + cut_rest:
+        total = len(ranked) + len(rest)
+        console.print(f"{cut + cut_rest:,} of {total:,} records were longer than {context} tokens and were cut")
+    longest = [max(len(example.tokens) for example in one.examples) for one in ranked]
+    size = config.microbatch_size or config.batch_size
+
+    def batch_at(step: int) -> list[Rankings]:
+        chosen = [ranked[i] for i in batch_indices(longest, config.batch_size, seed, step)]
+        return [collate_rankings(chosen[i : i + size], tokenizer.eot) for i in range(0, len(chosen), size)]
+
+    rest.sort(key=lambda one: max(len(example.tokens) for example in one.examples))
+    return batch_at, [collate_rankings(rest[i : i + size], tokenizer.eot) for i in range(0, len(rest), size)]
+
+
+def train(
+    model: ScalarModel,
+    batch_at: Callable[[int], list[Rankings]],
+    held_out: Sequence[Rankings],
+    config: RewardModelConfig,
+    run: Run,
+    *,
+    dtype: str = "fp32",
+) -> dict[str, float]:
+    """Train `model` in place; return the last step's metrics (loss in nats a ranking, held-out pair accuracy)."""
+    device = model.score.weight.device
+    optimizer = adamw(model, config.lr, config.weight_decay)
+    start = run.restore(model=model, optimizer=optimizer)
+    metrics: dict[str, float] = {}
+
+    for step in run.range(start):
+        pieces = batch_at(step)
+        rankings = sum(len(rows) for piece in pieces for rows, _ in piece.groups)
+        lr = cosine_lr(step, config.steps, config.lr, config.warmup_steps)
+        set_lr(optimizer, lr)
+
+        loss = right = pairs = 0.0
+        for piece in pieces:
+            with autocast(device, dtype):
+                scores = score_batch(model, piece).float()  # (N,)
+            piece_loss = scores.new_zeros(())
+            for rows, ranks in piece.groups:
+                ours = scores[rows.to(device)]  # (B, K)
+                piece_loss = piece_loss + ranking_loss(ours, ranks, config.margin).sum()
+                piece_loss = piece_loss + config.centring * centring_loss(ours).sum()
+                best_against_worst = ranks[0] != ranks[-1]
+                right += float((ours[:, 0] > ours[:, -1]).sum()) if best_against_worst else 0.0
+                pairs += len(rows) if best_against_worst else 0
+            (piece_loss / rankings).backward()
+            loss += piece_loss.item() / rankings
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        run.require_finite(step, loss=loss, gradient=grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        metrics = {"loss": loss, "best_over_worst": right / max(1.0, pairs), "grad_norm": float(grad_norm), "lr": lr}
+        if held_out and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
+            metrics["held_out_accuracy"] = pair_accuracy(model, held_out)
+        run.log(step, metrics, show=("loss", "best_over_worst", "held_out_accuracy"))
+        run.checkpoint(step + 1, model=model, optimizer=optimizer)
+    return metrics

@@ -1,0 +1,429 @@
+"""What scores a response: a trained reward model, a Python function, a text classifier, or the gold judge.
+
+All of them are one protocol, `reward(prompts, responses, texts) -> B numbers`, and one spelling on the command line:
+
+    gold                     the judge of the embedded world
+    pkg.module:function      any Python function of (prompts, responses, texts)
+    hf:DIR                   a text classifier in Hugging Face's format: the log-odds of its positive label
+    runs/rm                  a reward model trained with train_rm.py
+
+To score a file:
+
+    python -m minirlhf.rewards runs/rm pairs.jsonl --out scores.jsonl
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+import torch
+import tyro
+from jaxtyping import Float
+from torch import Tensor
+
+from minirlhf import InputError, helpdesk
+from minirlhf.data import (
+    Demonstration,
+    Example,
+    Ranking,
+    Text,
+    collate,
+    expect,
+    make_example,
+    read_records,
+    write_records,
+)
+from minirlhf.generate import encode_prompt
+from minirlhf.model import last_token
+from minirlhf.runs import check_positive, cli, load_run, pick_device, require_same_tokenizer
+from minirlhf.tokenizer import Tokenizer
+
+FORMS = "gold, pkg.module:function, hf:DIR (a text classifier) or the folder of a reward model"
+
+
+class TokenText(str):
+    """Decoded text that still carries the tokens it was decoded from.
+
+    Decoding is not always undone by encoding: a policy may draw "ord" + "er" where the tokenizer would write "order".
+    A reward model must score what was drawn, so the tokens travel with the text; functions that ask for text read it
+    as the plain string it also is.
+
+    Attributes:
+        tokens: the ids; of a response, those drawn, with the end-of-text that the string does not show.
+    """
+
+    tokens: list[int]
+
+    def __new__(cls, text: str, tokens: list[int]) -> "TokenText":
+        self = super().__new__(cls, text)
+        self.tokens = tokens
+        return self
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """What scores responses. Call it through `score`, which checks what comes back."""
+
+    name: str
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], texts: Sequence[str]
+    ) -> Float[Tensor, " B"] | Sequence[float]:
+        """One number for each response, higher = better; texts[i] = prompts[i] + responses[i]."""
+        ...
+
+
+def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> Float[Tensor, " B"]:
+    """Score B responses and check the scores: (B,), float32, on the CPU.
+
+    Raises:
+        InputError: the reward returned something else than B finite numbers. (What it raises itself passes through.)
+    """
+    who = f"reward function {reward.name}"
+    returned = reward(prompts, responses, [prompt + response for prompt, response in zip(prompts, responses)])
+    try:
+        scores = torch.as_tensor(returned).detach().to("cpu", torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        what = f"returned {type(returned).__name__}, expected {len(prompts)} numbers"
+        raise InputError(f"{who} {what}; return a list or a tensor, one number a response") from error
+    if scores.shape != (len(prompts),):
+        what = f"returned shape {tuple(scores.shape)}, expected ({len(prompts)},)"
+        raise InputError(f"{who} {what}; return one number a response")
+    wrong = (~scores.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        value = "NaN" if scores[wrong[0]].isnan() else str(float(scores[wrong[0]]))
+        text = json.dumps(responses[wrong[0]][:80], ensure_ascii=False)
+        raise InputError(f"{who} returned {value} for response {wrong[0]}: {text}; return finite numbers")
+    return scores
+
+
+# --- four kinds of reward ---------------------------------------------------------------------------------------------
+
+
+class RewardModelScorer:
+    """A reward model's score of prompt and response: its output at the response's last token.
+
+    A response that ended is scored at its end-of-text, one cut at the limit at its last word: nothing is appended to
+    it. A plain string counts as a whole response and gets its end-of-text here.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device | str = "cpu", batch_size: int = 64):
+        self.name, self.batch_size = str(folder), batch_size
+        self.model, self.tokenizer = load_run(folder, scalar=True, device=device)
+
+    def example(self, prompt: str, response: str) -> Example:
+        """The tokens to score: those a `TokenText` carries, or those of the string and end-of-text."""
+        before = prompt.tokens if isinstance(prompt, TokenText) else encode_prompt(self.tokenizer, prompt)
+        drawn = isinstance(response, TokenText)
+        after = response.tokens if drawn else [*self.tokenizer.encode(response), self.tokenizer.eot]
+        return Example([*before, *after], len(before))
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], texts: Sequence[str] = ()
+    ) -> Float[Tensor, " B"]:
+        examples = [self.example(prompt, response) for prompt, response in zip(prompts, responses)]
+        context, device = self.model.config.n_positions, self.model.score.weight.device
+        longest = max((len(example.tokens) for example in examples), default=0)
+        if longest > context:
+            raise InputError(
+                f"a prompt and its response have {longest} tokens, but the reward model {self.name} reads {context}; "
+                "shorten them, or train it with a longer context"
+            )
+        scores = torch.zeros(len(examples), device=device)
+        for rows in _batches([len(example.tokens) for example in examples], self.batch_size):
+            batch = collate([examples[i] for i in rows], self.tokenizer.eot)
+            tokens, mask = batch.tokens.to(device), batch.mask.to(device)  # (B, T)
+            # Padding stands on the right, where causal attention cannot see it: the trunk needs no mask.
+            scores[rows] = last_token(self.model(tokens), mask)
+        return scores
+
+
+class GoldJudge:
+    """The judge of the embedded world: what people there really want, which no training sees."""
+
+    name = "gold"
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], texts: Sequence[str] = ()) -> list[float]:
+        return helpdesk.gold(prompts, responses)
+
+
+class PythonReward:
+    """Any Python function of (prompts, responses, texts), three lists of strings, that returns B numbers.
+
+    It is imported from the current directory or from what is installed.
+    """
+
+    def __init__(self, spec: str):
+        self.name = spec
+        self.function = _import(spec)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], texts: Sequence[str]) -> Any:
+        return self.function(list(prompts), list(responses), list(texts))  # whatever it is, `score` checks it
+
+
+class TextClassifier:
+    """The log-odds that a text classifier gives its positive label: the sentiment way of rewarding.
+
+        score = log p_+ - log(1 - p_+) = z_+ - log Σ_{i ≠ +} exp z_i          z: logits; of two labels, z_+ - z_-
+
+    The positive label is the one whose name in the config's `id2label` contains POSITIVE or, of two labels, ends in 1
+    (LABEL_1, "1"). A classifier with a single output is a regression, and its output is the score. Prompt and response
+    are read together, with the classifier's own tokenizer.
+    Source: the reward of Ziegler et al. 2019, section 3.1.1, for their sentiment task.
+    """
+
+    def __init__(self, spec: str, device: torch.device | str = "cpu", batch_size: int = 64):
+        self.name, self.device, self.batch_size = spec, device, batch_size
+        folder = Path(spec.removeprefix("hf:"))
+        if not folder.is_dir():
+            raise InputError(f"{spec}: no such folder; give hf:DIR, a text classifier downloaded to DIR")
+        try:
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+        except ImportError as error:
+            raise InputError(f"{spec} needs transformers; pip install 'minirlhf[hf]'") from error
+        logging.disable_progress_bar()  # the bar of a loading model would stand among our own lines
+        try:
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{spec}: not a text classifier with config.json, model.safetensors and a tokenizer ({why}); "
+                "save it again with save_pretrained"
+            ) from error
+        self.model = self.model.to(device).eval()
+        config = self.model.config
+        self.positive = _positive_label(spec, [config.id2label[i] for i in range(config.num_labels)])
+        positions = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        self.context = min(positions, self.tokenizer.model_max_length)
+        if self.tokenizer.pad_token_id is None or getattr(config, "pad_token_id", None) is None:
+            self.batch_size = 1  # nothing to pad with, so one text at a time
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], texts: Sequence[str]) -> Float[Tensor, " B"]:
+        ids = [self.tokenizer(text, verbose=False)["input_ids"] for text in texts]
+        for i, row in enumerate(ids):
+            if not 0 < len(row) <= self.context:
+                raise InputError(f"text {i} has {len(row)} tokens, but {self.name} reads 1 to {self.context}; cut it")
+        scores = torch.zeros(len(ids), device=self.device)
+        for rows in _batches([len(row) for row in ids], self.batch_size):
+            batch = self.tokenizer.pad(
+                {"input_ids": [ids[i] for i in rows]}, padding=len(rows) > 1, padding_side="right", return_tensors="pt"
+            )
+            logits = self.model(**batch.to(self.device)).logits.float()  # (B, labels)
+            if logits.shape[-1] == 1:
+                scores[rows] = logits[:, 0]
+            else:
+                others = [i for i in range(logits.shape[-1]) if i != self.positive]
+                scores[rows] = logits[:, self.positive] - logits[:, others].logsumexp(-1)
+        return scores
+
+
+def load_reward(
+    spec: str,
+    device: torch.device | str = "cpu",
+    *,
+    policy_tokenizer: Tokenizer | None = None,
+    policy_folder: str | Path | None = None,
+    batch_size: int = 64,
+) -> Reward:
+    """The reward that a command line names.
+
+    Args:
+        spec: gold, pkg.module:function, hf:DIR, or the folder of a reward model.
+        device: where models run.
+        policy_tokenizer: of the policy whose tokens are to be scored; a reward model must have the same.
+        policy_folder: the policy's, for the error message.
+        batch_size: sequences a model reads at a time.
+
+    Raises:
+        InputError: `spec` names nothing, or nothing that can score.
+    """
+    if spec == "gold":
+        return GoldJudge()
+    if spec.startswith("hf:"):
+        return TextClassifier(spec, device, batch_size)
+    if ":" in spec and not Path(spec).exists():
+        return PythonReward(spec)
+    if not Path(spec).is_dir():
+        raise InputError(f"no reward is named {spec!r}: there is no such folder; give {FORMS}")
+    reward = RewardModelScorer(spec, device, batch_size)
+    if policy_tokenizer is not None:
+        require_same_tokenizer(policy_tokenizer, policy_folder or "the policy", reward.tokenizer, spec)
+    return reward
+
+
+def _import(spec: str) -> Callable[..., Any]:
+    module_name, _, function_name = spec.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
+        cure = "write pkg.module:function, e.g. my_rewards:brevity for the function brevity in my_rewards.py"
+        raise InputError(f"{spec!r} does not name a function; {cure}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but misses one of its own imports
+        what = f"there is no module {error.name} in {Path.cwd()} or among the installed ones"
+        raise InputError(f"{spec}: {what}; check the name") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        what = "is no function" if hasattr(module, function_name) else "does not exist"
+        raise InputError(f"{spec}: {function_name} {what} in {module_name}; check the name")
+    return function
+
+
+def _positive_label(spec: str, names: list[str]) -> int:
+    if len(names) == 1:
+        return 0
+    named = [i for i, name in enumerate(names) if "POSITIVE" in str(name).upper()]
+    if not named and len(names) == 2:
+        named = [i for i, name in enumerate(names) if str(name).endswith("1")]
+    if len(named) != 1:
+        what = f"cannot tell which of the labels {', '.join(map(str, names))} is the positive one"
+        raise InputError(f"{spec}: {what}; call it POSITIVE in the id2label of config.json")
+    return named[0]
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of about equal length, so that little of what is computed is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def pair_accuracy(scores: Sequence[Sequence[float]], ranks: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """Share of pairs that the scores order as the ranks do, over all pairs in each ranking; equal scores count half.
+
+    Args:
+        scores: of the responses of each ranking.
+        ranks: of the same responses, 1 = best. Pairs of equal rank are left out.
+
+    Returns:
+        The share (NaN if no pair is left), and the number of pairs.
+    """
+    right, pairs = 0.0, 0
+    for own_scores, own_ranks in zip(scores, ranks):
+        for better, its_rank in zip(own_scores, own_ranks):
+            for worse, other_rank in zip(own_scores, own_ranks):
+                if its_rank < other_rank:
+                    right += 1.0 if better > worse else 0.5 if better == worse else 0.0
+                    pairs += 1
+    return (right / pairs if pairs else float("nan")), pairs
+
+
+def label_accuracy(scores: Float[Tensor, " B"], labels: Sequence[int]) -> tuple[float, int]:
+    """Share of all pairs of a text with label 1 and one with label 0 that the scores order right, ties counting half.
+
+    This is the area under the ROC curve, and Mann and Whitney's U: from the ranks R of the scores, without a look at
+    any pair, AUC = (Σ_{label 1} R_i - n₁(n₁ + 1) / 2) / (n₁ n₀).
+    Source: Hanley & McNeil 1982, "The meaning and use of the area under a ROC curve".
+
+    Returns:
+        The share (NaN if one of the labels does not occur), and the number of pairs.
+    """
+    wanted = torch.tensor(labels) == 1
+    n1, n0 = int(wanted.sum()), int((~wanted).sum())
+    if not n1 or not n0:
+        return float("nan"), 0
+    _, group, size = scores.unique(return_inverse=True, return_counts=True)  # sorted; equal scores are one group
+    ranks = (size.cumsum(0) - (size - 1) / 2.0).double()[group]  # 1 = lowest; equal scores share their mean rank
+    return float((ranks[wanted].sum() - n1 * (n1 + 1) / 2) / (n1 * n0)), n1 * n0
+
+
+# --- python -m minirlhf.rewards ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Args:
+    """Score a file: one JSON object a line, {"score"}, or {"chosen", "rejected"} for a pair."""
+
+    reward: Annotated[str, tyro.conf.Positional]
+    """A folder of train_rm, gold, pkg.module:function, or hf:DIR."""
+    file: Annotated[Path, tyro.conf.Positional]
+    """Texts, prompts with responses, pairs or rankings."""
+    out: Path | None = None
+    """Write here instead of to the terminal."""
+    batch_size: int = 64
+    """Sequences scored at a time."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self):
+        check_positive(batch_size=self.batch_size)
+
+
+def main(args: Args) -> None:
+    """Read, score, write, and say how often the scores agree with the file."""
+    records = expect(read_records(args.file), (Text, Demonstration, Ranking), args.file, "minirlhf.rewards")
+    reward = load_reward(args.reward, pick_device(args.device), batch_size=args.batch_size)
+    prompts, responses = [], []
+    for record in records:
+        own = _responses(record)
+        prompts += [getattr(record, "prompt", "")] * len(own)
+        responses += own
+    notes = sys.stdout if args.out is not None else sys.stderr
+    if isinstance(reward, RewardModelScorer):
+        prompts, responses, cut = _cut(reward, prompts, responses)
+        if cut:
+            context = reward.model.config.n_positions
+            print(f"{cut} of {len(responses)} texts were cut to the context of {context} tokens", file=notes)
+
+    flat = iter(score(reward, prompts, responses).tolist())
+    scores = [[next(flat) for _ in _responses(record)] for record in records]
+    rows = [_row(record, own) for record, own in zip(records, scores)]
+    if args.out is not None:
+        write_records(args.out, rows)
+        print(f"{len(rows)} records scored in {args.out}", file=notes)
+    else:
+        for row in rows:
+            print(json.dumps(row))
+
+    ranked = [(own, record.ranks) for record, own in zip(records, scores) if isinstance(record, Ranking)]
+    accuracy, pairs = pair_accuracy([own for own, _ in ranked], [ranks for _, ranks in ranked])
+    if pairs:
+        print(f"pair accuracy {accuracy:.4f} over {pairs} pairs", file=notes)
+    labelled = [(own[0], r.label) for r, own in zip(records, scores) if isinstance(r, Text) and r.label is not None]
+    accuracy, pairs = label_accuracy(torch.tensor([s for s, _ in labelled]), [label for _, label in labelled])
+    if pairs:
+        print(f"label accuracy {accuracy:.4f} over {pairs} pairs of a text with label 1 and one with 0", file=notes)
+
+
+def _responses(record: Text | Demonstration | Ranking) -> list[str]:
+    if isinstance(record, Ranking):
+        return list(record.responses)
+    return [record.text if isinstance(record, Text) else record.response]
+
+
+def _cut(reward: RewardModelScorer, prompts: list[str], responses: list[str]) -> tuple[list[str], list[str], int]:
+    """What the model is too short for, cut as its training data were; and how many that were."""
+    made = [
+        make_example(reward.tokenizer, prompt, response, reward.model.config.n_positions)
+        for prompt, response in zip(prompts, responses)
+    ]
+    prompts = [TokenText(prompt, e.tokens[: e.start]) for prompt, (e, _) in zip(prompts, made)]
+    responses = [TokenText(response, e.tokens[e.start :]) for response, (e, _) in zip(responses, made)]
+    return prompts, responses, sum(cut for _, cut in made)
+
+
+def _row(record: Text | Demonstration | Ranking, scores: list[float]) -> dict[str, Any]:
+    if not isinstance(record, Ranking):
+        return {"score": scores[0]}
+    if len(scores) == 2 and record.ranks[0] != record.ranks[1]:
+        chosen, rejected = sorted(zip(record.ranks, scores), key=lambda pair: pair[0])
+        return {"chosen": chosen[1], "rejected": rejected[1]}
+    return {"scores": scores}
+
+
+if __name__ == "__main__":
+    cli(main, Args)

@@ -1,0 +1,454 @@
+"""A run's folder, and the command line in front of it: configuration, metrics, checkpoints, resuming, devices.
+
+    run.json         script, arguments, seed, versions, whether the run is finished
+    metrics.jsonl    one JSON object a step
+    samples.jsonl    a few responses every so often
+    state/           what resuming needs: weights, optimiser moments, step; gone once the run is finished
+    config.json, model.safetensors, tokenizer.json     the result, in Hugging Face's layout
+
+Nothing is written before the first step has succeeded, so that bad input leaves no half-written run, and every file
+is written under another name and renamed, so that a run killed at any moment can be resumed. The weights after
+resuming are those of an uninterrupted run, bit for bit, on one machine and thread count: batches and samples are pure
+functions of (seed, step), never of a generator's history.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import minirlhf
+from minirlhf import InputError
+from minirlhf.model import GPT, ScalarModel, load_model, save_model
+from minirlhf.tokenizer import Tokenizer
+
+console = Console(highlight=False)
+RESUME_ONLY = ("out", "resume", "overwrite", "checkpoint_every")  # arguments that may differ when a run is resumed
+
+
+@dataclass(frozen=True)
+class RunArgs:
+    """What every training script takes."""
+
+    out: Path
+    """The run's folder."""
+    seed: int = 0
+    """Everything random follows from it."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the matrix products; weights and optimiser stay fp32."""
+    kernel: str = "auto"
+    """Which token_stats: auto or reference."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    resume: bool = False
+    """Go on from the last checkpoint of --out."""
+    overwrite: bool = False
+    """Replace the run that --out holds."""
+
+    def __post_init__(self):
+        check_at_least(1, checkpoint_every=self.checkpoint_every)
+        if self.resume and self.overwrite:
+            raise InputError("--resume and --overwrite contradict each other; give one of them")
+        if self.kernel not in ("auto", "reference"):
+            raise InputError(f"--kernel must be auto or reference, got {self.kernel!r}")
+        pick_device(self.device)
+
+
+class Run:
+    """One training run's folder: start or resume it, log to it, checkpoint it, finish it."""
+
+    def __init__(self, args: RunArgs, script: str, steps: int):
+        self.folder, self.script, self.steps = args.out, script, steps
+        self.checkpoint_every = args.checkpoint_every
+        self.arguments = _plain(asdict(args))
+        self.replaces = False  # the old run is only removed once this one has something to put in its place
+        self.written = False
+        self.last_checkpoint = 0
+        self.progress: Progress | None = None
+        self._look_at_folder(args)
+
+    def _look_at_folder(self, args: RunArgs) -> None:
+        if not self.folder.exists():
+            return
+        # An empty folder, or all that a run killed in its first moment leaves behind.
+        if self.folder.is_dir() and all(path.name == "run.json.partial" for path in self.folder.iterdir()):
+            return
+        if not self.folder.is_dir():
+            raise InputError(f"--out {self.folder} is a file; name a folder")
+        info = read_run(self.folder)
+        if args.overwrite:
+            if info is None:
+                raise InputError(f"--out {self.folder} holds files but no run; --overwrite only replaces a run")
+            self.replaces = True
+            return
+        if not args.resume:
+            raise InputError(f"--out {self.folder} already holds files; give --resume, --overwrite or another folder")
+        if info is None:
+            raise InputError(f"--out {self.folder} holds no run to resume; name another folder")
+        if info["script"] != self.script:
+            raise InputError(
+                f"--out {self.folder} is a run of {info['script']}, not {self.script}; name another folder"
+            )
+        for key, value in self.arguments.items():
+            if key not in RESUME_ONLY and info["arguments"].get(key) != value:
+                raise InputError(
+                    f"--resume: {key} was {info['arguments'].get(key)!r} when {self.folder} began, now {value!r}; "
+                    "resume with the same arguments, or start anew with --overwrite"
+                )
+        self.written = True
+
+    @property
+    def finished(self) -> bool:
+        """True when resuming has nothing left to do."""
+        return self.written and bool((read_run(self.folder) or {}).get("finished"))
+
+    # --- the loop ---
+
+    def range(self, start: int) -> Iterator[int]:
+        """Steps from `start` to the end, with a progress bar when somebody is looking."""
+        begun = time.perf_counter()
+        console.print(
+            f"[bold]{self.script}[/] → {escape(str(self.folder))}: {self.steps} steps"
+            + (f", from {start}" if start else "")
+        )
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as self.progress:
+            self.task = self.progress.add_task("", total=self.steps, completed=start, note="")
+            for step in range(start, self.steps):
+                yield step
+                self.progress.update(self.task, advance=1)
+        console.print(f"  {self.steps - start} steps in {time.perf_counter() - begun:.0f} s")
+
+    def log(self, step: int, metrics: dict[str, float | Tensor | None], show: tuple[str, ...] = ()) -> None:
+        """Append one step's metrics to metrics.jsonl; those named in `show` appear beside the progress bar."""
+        self._begin()
+        row = {"step": step, **{k: _number(v) for k, v in metrics.items()}}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.progress is not None:
+            note = "  ".join(f"{k} {metrics[k]:.3f}" for k in show if metrics.get(k) is not None)
+            self.progress.update(self.task, note=note)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Append responses to samples.jsonl and show them."""
+        self._begin()
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        show_samples(f"step {step}", rows)
+
+    def require_finite(self, step: int, **values: float | Tensor) -> None:
+        """Stop, before the weights are touched, when a loss or a gradient is not a number."""
+        for name, value in values.items():
+            if not math.isfinite(float(value)):
+                kept = f"the checkpoint of step {self.last_checkpoint} is kept in {self.folder / 'state'}"
+                raise InputError(
+                    f"{name} became {float(value)} at step {step} of {self.script}; "
+                    f"{kept if self.last_checkpoint else 'no checkpoint had been written yet'}; "
+                    "lower the learning rate or look at the data, then start again"
+                )
+
+    # --- state ---
+
+    def restore(self, *, numbers: dict[str, float] | None = None, **parts: nn.Module | torch.optim.Optimizer) -> int:
+        """Fill modules, optimisers and numbers from the last checkpoint; return the step to go on from (0 = fresh)."""
+        path = self.folder / "state" / "checkpoint.safetensors"
+        if not self.written or not path.is_file():
+            if self.written:  # killed before its first checkpoint
+                self._forget_from(0)
+            return 0
+        try:
+            with safe_open(path, "pt") as file:
+                info = json.loads(file.metadata()["info"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: cut off or damaged ({error}); start again with --overwrite") from error
+        for name, part in parts.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            if isinstance(part, nn.Module):
+                part.load_state_dict(own)
+            else:
+                _load_optimizer(part, own)
+        if numbers is not None:
+            numbers.update(info["numbers"])
+        self._forget_from(info["step"])
+        self.last_checkpoint = info["step"]
+        return info["step"]
+
+    def checkpoint(
+        self, done: int, *, numbers: dict[str, float] | None = None, **parts: nn.Module | torch.optim.Optimizer
+    ) -> None:
+        """After `done` steps, if it is time: write what `restore` needs, in one file, in one rename."""
+        if done % self.checkpoint_every or done == self.steps:
+            return
+        self._begin()
+        tensors = {}
+        for name, part in parts.items():
+            own = part.state_dict() if isinstance(part, nn.Module) else _optimizer_tensors(part)
+            tensors |= {f"{name}/{key}": value.detach().cpu().contiguous().clone() for key, value in own.items()}
+        (self.folder / "state").mkdir(exist_ok=True)
+        path = self.folder / "state" / "checkpoint.safetensors"
+        save_file(tensors, f"{path}.partial", metadata={"info": json.dumps({"step": done, "numbers": numbers or {}})})
+        os.replace(f"{path}.partial", path)
+        self.last_checkpoint = done
+
+    def finish(self, model: GPT | ScalarModel, tokenizer: Tokenizer) -> None:
+        """Write the result in Hugging Face's layout and mark the run as finished."""
+        self._begin()
+        tokenizer.save(self.folder)
+        save_model(model, self.folder, tokenizer.eot)
+        self._write_info(finished=True)
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+
+    def _begin(self) -> None:
+        if self.written:
+            return
+        if self.replaces:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_info(finished=False)
+        self.written = True
+
+    def _write_info(self, finished: bool) -> None:
+        info = {
+            "script": self.script,
+            "arguments": self.arguments,
+            "seed": self.arguments["seed"],
+            "finished": finished,
+            "versions": {
+                "minirlhf": minirlhf.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "threads": torch.get_num_threads(),
+            },
+        }
+        write_text(self.folder / "run.json", json.dumps(info, indent=2) + "\n")
+
+    def _forget_from(self, step: int) -> None:
+        """Drop logged rows that the resumed run is about to write again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.folder / name
+            if path.is_file():
+                # Only "\n" ends a row: a sampled text may hold other line separators. A killed run may cut a character.
+                lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+                rows = [line for line in lines if _step_of(line) < step]
+                write_text(path, "".join(row + "\n" for row in rows))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under another name, then rename: a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """A run's run.json, or None when the folder holds no run."""
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return info if isinstance(info, dict) and "script" in info and "arguments" in info else None
+
+
+def load_run(
+    folder: str | Path, *, scalar: bool = False, device: torch.device | str = "cpu"
+) -> tuple[GPT | ScalarModel, Tokenizer]:
+    """The model and tokenizer of a finished run, or of any Hugging Face GPT-2 folder."""
+    folder = Path(folder)
+    info = read_run(folder)
+    if info is not None and not info.get("finished"):
+        raise InputError(f"{folder}: this run of {info['script']} is not finished; go on with --resume")
+    model, tokenizer = load_model(folder, scalar=scalar), Tokenizer.load(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}; "
+            "the two are not from the same model"
+        )
+    return model.to(device).eval(), tokenizer
+
+
+def require_same_tokenizer(one: Tokenizer, folder: str | Path, other: Tokenizer, other_folder: str | Path) -> None:
+    """Refuse two models that do not read the same token ids."""
+    if one != other:
+        raise InputError(f"{folder} and {other_folder} have different tokenizers; train one from the other with --init")
+
+
+def ensure_run(folder: Path, script: str, *arguments: str) -> Path:
+    """A default input that does not exist yet is trained first, and says so."""
+    info = read_run(folder)
+    if info is not None and info.get("finished"):
+        return folder
+    command = [sys.executable, script, *arguments, *(["--resume"] if info is not None else [])]
+    why = "is not finished" if info else "does not exist yet"
+    console.print(escape(f"{folder} {why}: running {' '.join(['python', *command[1:]])}"))
+    done = subprocess.run(command)
+    if done.returncode:
+        raise InputError(f"{folder} could not be trained ({script} ended with code {done.returncode}); see above")
+    return folder
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def cli(main: Callable[[Any], None], args_type: type) -> None:
+    """Parse a dataclass from the command line and run: a user's mistake is one line on stderr and exit code 2."""
+    try:
+        main(tyro.cli(args_type, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def check_at_least(minimum: float, **values: float) -> None:
+    """Refuse numbers below `minimum`, NaN too, by their flag's name."""
+    for name, value in values.items():
+        if not value >= minimum:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
+
+
+def check_positive(**values: float) -> None:
+    """Refuse numbers that are not positive and finite, by their flag's name."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be a positive number, got {value}")
+
+
+def check_share(**values: float) -> None:
+    """Refuse numbers outside [0, 1], by their flag's name."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise InputError(f"--{name.replace('_', '-')} must lie between 0 and 1, got {value}")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one; a GPU asked for and absent is an error."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} such GPUs; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    return device
+
+
+def cosine_lr(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to `floor` · peak (Loshchilov & Hutter 2017, eq. 5).
+
+    Args:
+        step: from 0; the first step already moves.
+        steps: in the whole run.
+        peak: highest learning rate.
+        warmup: steps until the peak.
+        floor: share of the peak that is left at the end.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use this learning rate in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def autocast(device: torch.device, dtype: str):
+    """Matrix products in bfloat16 when asked; everything that sums stays float32."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()
+
+
+def seeded(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on `keys` (seed, step, …) alone: what makes a resumed run draw the same numbers."""
+    mixed = 0
+    for key in keys:  # splitmix64 (Steele et al. 2014): neighbouring keys give unrelated streams
+        mixed = (mixed + key + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return torch.Generator(device).manual_seed(mixed & 0x7FFFFFFFFFFFFFFF)
+
+
+def show_samples(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print responses as a table, one column a key."""
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for key in rows[0]:
+        table.add_column(key, overflow="fold", justify="right" if isinstance(rows[0][key], float) else "left")
+    for row in rows:
+        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else Text(str(v).strip()) for v in row.values()))
+    console.print(table)
+
+
+# --- small print ------------------------------------------------------------------------------------------------------
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{index}/{key}": torch.as_tensor(value) for index, own in state.items() for key, value in own.items()}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split("/")
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass's dict as JSON will give it back."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf  # the last line of a killed run may be cut off

@@ -1,0 +1,72 @@
+"""What the tests share: signatures checked against shapes, one thread, and two tiny runs."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from beartype import BeartypeConf, beartype
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Before anything of minirlhf is imported: every annotated function then checks what it gets and what it returns.
+# As everywhere in Python's own typing (PEP 484), an int will do where a float is asked for.
+typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))
+hook = install_import_hook("minirlhf", "conftest.typecheck")
+
+import torch  # noqa: E402
+
+from minirlhf.model import GPT, GPTConfig, ScalarModel, init_weights, save_model  # noqa: E402
+from minirlhf.tokenizer import Tokenizer  # noqa: E402
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+torch.set_num_threads(1)
+
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+TEXTS = [
+    "Customer: My order hasn't arrived. What should I do?\nAgent: I'm sorry to hear that. Please check your tracking.",
+    "Customer: The lamp I bought is broken!\nAgent: That must be annoying. Please send us a photo of the damage.",
+    "Customer: I was charged twice for my kettle.\nAgent: I apologise. We will refund the second payment.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Tokenizer:
+    """About 300 tokens, learned from three conversations."""
+    return Tokenizer.train(TEXTS, 300)
+
+
+@pytest.fixture(scope="session")
+def make_run(tiny_tokenizer):
+    """Write a finished run of random weights: 2 layers, width 32, context 64 unless another is asked for."""
+
+    def write(
+        folder: Path, *, scalar: bool = False, seed: int = 0, n_positions: int = 64, tokenizer=tiny_tokenizer
+    ) -> Path:
+        config = GPTConfig(tokenizer.vocab_size, n_positions, n_layer=2, n_head=2, n_embd=32)
+        model = ScalarModel(config) if scalar else GPT(config)
+        init_weights(model, seed)
+        for parameter in model.parameters():  # fresh weights say almost the same of everything; larger ones differ
+            parameter.data.mul_(4.0 if parameter.dim() > 1 else 1.0)
+        save_model(model, folder, tokenizer.eot)
+        tokenizer.save(folder)
+        info = {"script": "train_rm" if scalar else "train_sft", "arguments": {}, "seed": seed, "finished": True}
+        (folder / "run.json").write_text(json.dumps(info))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, make_run) -> Path:
+    """The folder of a tiny finished policy. Read it, do not write into it."""
+    return make_run(tmp_path_factory.mktemp("policy") / "sft")
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_run(tmp_path_factory, make_run) -> Path:
+    """The folder of a tiny finished reward model with the same tokenizer. Read it, do not write into it."""
+    return make_run(tmp_path_factory.mktemp("reward") / "rm", scalar=True, seed=1)

@@ -1,0 +1,704 @@
+"""runs: the life of a run's folder, resuming to the bit, the command line's refusals, seeds, tables."""
+
+import io
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import minirlhf.runs as runs
+from minirlhf import InputError
+from minirlhf.model import GPT, GPTConfig, ScalarModel, decay_groups, init_weights, load_model, save_model
+from minirlhf.runs import (
+    Run,
+    RunArgs,
+    autocast,
+    check_at_least,
+    check_positive,
+    check_share,
+    cli,
+    cosine_lr,
+    ensure_run,
+    load_run,
+    pick_device,
+    read_run,
+    require_same_tokenizer,
+    seeded,
+    set_lr,
+    show_samples,
+)
+from minirlhf.tokenizer import Tokenizer
+
+TEXT = "My order hasn't arrived. What should I do? Please check your tracking number."
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A part of the arguments with a check of its own."""
+
+    beta: float = 0.1
+    """Must be positive."""
+
+    def __post_init__(self):
+        check_positive(beta=self.beta)
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """Arguments of a made-up script."""
+
+    out: Path = Path("runs/made-up")
+    """The run's folder."""
+    lr: float = 1e-3
+    """Learning rate."""
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(lr=self.lr)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT], 270)
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer):
+    """A model and its tokenizer."""
+    model = GPT(GPTConfig(tokenizer.vocab_size, n_positions=16, n_layer=1, n_head=2, n_embd=8))
+    init_weights(model, 0)
+    return model, tokenizer
+
+
+def files(folder):
+    """Every file under a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").split("\n") if line]
+
+
+def refused(call, *parts):
+    """The call must be refused in one line that holds all `parts`."""
+    with pytest.raises(InputError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+# --- a folder's life --------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_before_the_first_step(tmp_path, tiny):
+    out = tmp_path / "deep" / "run"
+    run = Run(Args(out=out, seed=7, checkpoint_every=1), "train_x.py", 2)
+    assert run.restore(model=tiny[0]) == 0
+    run.require_finite(0, loss=1.0)
+    assert list(tmp_path.iterdir()) == []
+    run.log(0, {"loss": torch.tensor(1.5), "kl": 0.25, "broken": math.nan})
+    assert sorted(files(out)) == ["metrics.jsonl", "run.json"]
+    info = read_run(out)
+    assert (info["script"], info["seed"], info["finished"]) == ("train_x.py", 7, False)
+    assert info["arguments"]["inner"] == {"beta": 0.1}
+    assert info["versions"]["torch"] == torch.__version__
+    assert rows(out) == [{"step": 0, "loss": 1.5, "kl": 0.25, "broken": None}]
+    assert not run.finished
+    run.samples(0, [{"prompt": "a", "response": "é\u2028b", "reward": 0.5}])
+    assert rows(out, "samples.jsonl") == [{"step": 0, "prompt": "a", "response": "é\u2028b", "reward": 0.5}]
+    run.checkpoint(1, model=tiny[0])
+    assert (out / "state" / "checkpoint.safetensors").exists()
+    run.finish(*tiny)
+    assert read_run(out)["finished"]
+    assert run.finished
+    assert not (out / "state").exists()
+    assert not list(out.glob("*.partial"))
+    model, tokenizer = load_run(out)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny[0].parameters()))
+    assert tokenizer == tiny[1]
+
+
+def finished_run(out, tiny, script="train_x.py", **arguments):
+    run = Run(Args(out=out, **arguments), script, 1)
+    run.log(0, {"loss": 1.0})
+    run.finish(*tiny)
+    return out
+
+
+def test_a_folder_in_use_is_refused(tmp_path, tiny):
+    out = finished_run(tmp_path / "run", tiny)
+    before = files(out)
+    refused(lambda: Run(Args(out=out), "train_x.py", 1), str(out), "--resume", "--overwrite")
+    assert files(out) == before
+
+
+def test_a_folder_of_other_files_is_refused_whatever_the_flags(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        refused(lambda flags=flags: Run(Args(out=tmp_path, **flags), "train_x.py", 1), str(tmp_path))
+    refused(lambda: Run(Args(out=tmp_path / "thesis.txt"), "train_x.py", 1), "thesis.txt is a file")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_taken(tmp_path, tiny):
+    finished_run(tmp_path, tiny)
+    assert read_run(tmp_path)["finished"]
+
+
+def test_overwriting_waits_for_the_first_step(tmp_path, tiny):
+    out = finished_run(tmp_path / "run", tiny)
+    (out / "samples.jsonl").write_text('{"step": 0}\n')
+    before = files(out)
+    run = Run(Args(out=out, seed=1, overwrite=True), "train_other.py", 1)
+    assert not run.finished
+    assert run.restore(model=tiny[0]) == 0
+    with pytest.raises(InputError):
+        run.require_finite(0, loss=math.nan)
+    assert files(out) == before  # bad input found before the first step costs nothing
+    run.log(0, {"loss": 2.0})
+    assert sorted(files(out)) == ["metrics.jsonl", "run.json"]
+    assert rows(out) == [{"step": 0, "loss": 2.0}]
+    run.log(1, {"loss": 1.0})
+    assert len(rows(out)) == 2
+    assert read_run(out)["script"] == "train_other.py"
+
+
+def test_a_finished_run_has_nothing_to_resume(tmp_path, tiny):
+    out = finished_run(tmp_path / "run", tiny)
+    before = files(out)
+    assert Run(Args(out=out, resume=True), "train_x.py", 1).finished
+    assert files(out) == before
+
+
+def test_resuming_nothing_starts_afresh(tmp_path, tiny):
+    run = Run(Args(out=tmp_path / "run", resume=True), "train_x.py", 1)
+    assert not run.finished
+    assert run.restore(model=tiny[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 2e-3}, "lr was 0.001"),
+        ({"seed": 3}, "seed was 0"),
+        ({"inner": Inner(beta=0.2)}, "inner was {'beta': 0.1}"),
+        ({"dtype": "bf16"}, "dtype was 'fp32'"),
+    ],
+)
+def test_resuming_with_other_arguments_names_the_argument(tmp_path, change, named):
+    out = tmp_path / "run"
+    Run(Args(out=out), "train_x.py", 5).log(0, {})
+    refused(lambda: Run(Args(out=out, resume=True, **change), "train_x.py", 5), str(out), named, "--overwrite")
+    refused(lambda: Run(Args(out=out, resume=True), "train_y.py", 5), "is a run of train_x.py, not train_y.py")
+
+
+def test_some_arguments_may_change_when_resuming(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    Run(Args(out=out), "train_x.py", 5).log(0, {})
+    Run(Args(out=out, resume=True, checkpoint_every=7), "train_x.py", 5)
+    monkeypatch.chdir(tmp_path)
+    Run(Args(out=Path("run"), resume=True), "train_x.py", 5)  # the same folder by another name
+    out.rename(tmp_path / "moved")
+    Run(Args(out=tmp_path / "moved", resume=True), "train_x.py", 5)
+
+
+def test_a_damaged_run_json_is_no_run(tmp_path):
+    for content in (b"{", b"\xff\xfe\x00", b"[]", b'{"script": "x"}', b""):
+        (tmp_path / "run.json").write_bytes(content)
+        assert read_run(tmp_path) is None
+        refused(lambda: Run(Args(out=tmp_path, resume=True), "train_x.py", 1), "holds no run to resume")
+    assert read_run(tmp_path / "nowhere") is None
+    assert read_run(tmp_path / "run.json") is None
+
+
+def test_numbers_that_are_no_numbers_stop_the_run(tmp_path, tiny):
+    run = Run(Args(out=tmp_path / "run", checkpoint_every=2), "train_x.py", 9)
+    run.require_finite(3, loss=torch.tensor(0.5), grad_norm=1e30)
+    for value in (math.nan, math.inf, torch.tensor(-math.inf)):
+        refused(
+            lambda value=value: run.require_finite(3, loss=1.0, grad_norm=value), "grad_norm", "step 3", "no checkpoint"
+        )
+    run.checkpoint(2, model=tiny[0])
+    kept = files(tmp_path / "run")
+    refused(lambda: run.require_finite(3, loss=math.nan), "loss became nan at step 3", "checkpoint of step 2", "state")
+    assert files(tmp_path / "run") == kept
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def toy(seed=0):
+    """A module with parameters of 1 and 2 dimensions and a buffer."""
+    module, generator = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)), seeded(seed)
+    for parameter in module.parameters():
+        parameter.data.normal_(generator=generator)
+    return module
+
+
+def optimizer_of(module, fused):
+    return torch.optim.AdamW(decay_groups(module, 0.1), lr=0.01, betas=(0.9, 0.95), fused=fused)
+
+
+def step_of(module, optimizer, step):
+    set_lr(optimizer, cosine_lr(step, 20, 0.05, 3))
+    x = torch.randn(8, 3, generator=seeded(0, step))
+    loss = (module(x) - x.sum(-1, keepdim=True)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def train(run, module, optimizer, until, numbers):
+    """What every algorithm does: restore, then log, step, checkpoint."""
+    start = run.restore(module=module, optimizer=optimizer, numbers=numbers)
+    for step in range(start, until):
+        numbers["total"] += step_of(module, optimizer, step)
+        run.log(step, {"total": numbers["total"]})
+        if step % 2 == 0:
+            run.samples(step, [{"response": f"{step}\x85\u2028\u2029\x1c"}])
+        run.checkpoint(step + 1, module=module, optimizer=optimizer, numbers=numbers)
+    return start
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("killed_after", [0, 1, 2, 3, 4, 7, 9, 10])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, fused, killed_after):
+    whole, numbers = toy(), {"total": 0.0}
+    whole_optimizer = optimizer_of(whole, fused)
+    train(Run(Args(out=tmp_path / "whole", checkpoint_every=3), "t.py", 10), whole, whole_optimizer, 10, numbers)
+
+    out = tmp_path / "killed"
+    killed, lost = toy(), {"total": 0.0}
+    train(Run(Args(out=out, checkpoint_every=3), "t.py", 10), killed, optimizer_of(killed, fused), killed_after, lost)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        if killed_after:  # the last line was being written, and stopped within a character
+            with open(out / name, "ab") as file:
+                file.write(b'{"step": 99, "response": "\xe2\x80')
+
+    resumed, again = toy(seed=99), {"total": -1.0}  # everything must come from the checkpoint
+    if killed_after < 3:
+        resumed, again = toy(), {"total": 0.0}  # there is none yet: from the start
+    optimizer = optimizer_of(resumed, fused)
+    run = Run(Args(out=out, checkpoint_every=3, resume=True), "t.py", 10)
+    start = train(run, resumed, optimizer, 10, again)
+    assert start == min(killed_after // 3 * 3, 9)
+
+    assert again == numbers
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert torch.equal(a, b), name
+    for a, b in zip(whole_optimizer.state_dict()["state"].values(), optimizer.state_dict()["state"].values()):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (out / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (out / "samples.jsonl").read_bytes() == (tmp_path / "whole" / "samples.jsonl").read_bytes()
+
+
+def test_checkpoints_come_every_so_many_steps_but_not_at_the_end(tmp_path):
+    run = Run(Args(out=tmp_path / "run", checkpoint_every=3), "t.py", 9)
+    path = tmp_path / "run" / "state" / "checkpoint.safetensors"
+    seen = []
+    for done in range(1, 10):
+        run.checkpoint(done, module=toy())
+        if path.exists():
+            seen.append(done)
+            path.unlink()
+    assert seen == [3, 6]  # at 9 the result itself is written
+
+
+def test_a_checkpoint_is_a_copy_of_its_moment(tmp_path):
+    module = toy()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    run = Run(Args(out=tmp_path / "run", checkpoint_every=1), "t.py", 9)
+    run.checkpoint(1, module=module, numbers={"beta": 0.1 + 0.2})
+    with torch.no_grad():
+        module[0].weight.add_(1)
+    numbers = {}
+    assert Run(Args(out=tmp_path / "run", resume=True), "t.py", 9).restore(module=module, numbers=numbers) == 1
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert numbers == {"beta": 0.1 + 0.2}
+
+
+def test_two_models_in_one_checkpoint_do_not_mix(tmp_path):
+    one, two = toy(1), toy(2)
+    Run(Args(out=tmp_path / "run", checkpoint_every=1), "t.py", 9).checkpoint(1, policy=one, policy_old=two)
+    a, b = toy(3), toy(4)
+    Run(Args(out=tmp_path / "run", resume=True), "t.py", 9).restore(policy=a, policy_old=b)
+    assert torch.equal(a[0].weight, one[0].weight)
+    assert torch.equal(b[0].weight, two[0].weight)
+
+
+def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run = Run(Args(out=out, checkpoint_every=1), "t.py", 9)
+    module = toy(1)
+    run.checkpoint(1, module=module)
+    kept = (out / "state" / "checkpoint.safetensors").read_bytes()
+
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(kept[: len(kept) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(runs, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run.checkpoint(2, module=toy(2))
+    assert (out / "state" / "checkpoint.safetensors").read_bytes() == kept
+    again = toy(3)
+    assert Run(Args(out=out, resume=True), "t.py", 9).restore(module=again) == 1
+    assert torch.equal(again[0].weight, module[0].weight)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "no metadata", "another file", "broken metadata"])
+def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
+    out = tmp_path / "run"
+    Run(Args(out=out, checkpoint_every=1), "t.py", 9).checkpoint(1, module=toy())
+    path = out / "state" / "checkpoint.safetensors"
+    content = path.read_bytes()
+    if damage in ("no metadata", "broken metadata"):
+        save_file(load_file(path), path, metadata=None if damage == "no metadata" else {"info": "{"})
+    else:
+        path.write_bytes({"empty": b"", "cut off": content[:-10], "another file": b"x" * 500}[damage])
+    run = Run(Args(out=out, resume=True), "t.py", 9)
+    refused(lambda: run.restore(module=toy()), str(path), "--overwrite")
+
+
+def test_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    out = tmp_path / "run"
+    run = Run(Args(out=out), "t.py", 9)
+    run.log(0, {"loss": 1.0})
+    run.log(1, {"loss": 0.5})
+    again = Run(Args(out=out, resume=True), "t.py", 9)
+    assert again.restore(module=toy()) == 0
+    assert rows(out) == []
+    again.log(0, {"loss": 1.0})
+    assert rows(out) == [{"step": 0, "loss": 1.0}]
+
+
+def test_killed_before_its_first_file_was_whole_starts_again(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.json.partial").write_text('{"scr')
+    for flags in ({}, {"resume": True}):
+        run = Run(Args(out=out, **flags), "t.py", 9)
+        assert run.restore(module=toy()) == 0
+    run.log(0, {"loss": 1.0})
+    assert sorted(files(out)) == ["metrics.jsonl", "run.json"]
+
+
+def test_progress_shows_the_chosen_metrics_to_a_terminal(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(runs, "console", Console(file=screen, force_terminal=True, width=200))
+    run = Run(Args(out=tmp_path / "run"), "t.py", 3)
+    for step in run.range(0):
+        run.log(step, {"loss": 1.25, "kl": torch.tensor(0.5), "gold": None, "other": 7.0}, show=("loss", "kl", "gold"))
+        run.progress.refresh()
+    assert "loss 1.250  kl 0.500" in screen.getvalue()
+    assert "7.000" not in screen.getvalue()
+    assert "gold" not in screen.getvalue()
+    assert rows(tmp_path / "run")[2] == {"step": 2, "loss": 1.25, "kl": 0.5, "gold": None, "other": 7.0}
+
+
+def test_steps_come_in_order_and_are_announced(tmp_path, capsys):
+    out = tmp_path / "[bold]run[/y]"  # not markup
+    run = Run(Args(out=out), "t.py", 5)
+    assert list(run.range(2)) == [2, 3, 4]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "[bold]run[/y]: 5 steps, from 2" in printed.replace("\n", "")
+
+
+# --- runs as input ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unfinished_run_is_no_input(tmp_path, tiny):
+    out = finished_run(tmp_path / "run", tiny)
+    info = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**info, "finished": False}))
+    refused(lambda: load_run(out), str(out), "train_x.py is not finished", "--resume")
+
+
+def test_any_gpt2_folder_is_input(tmp_path, tiny):
+    model, tokenizer = tiny
+    save_model(model, tmp_path, tokenizer.eot)
+    tokenizer.save(tmp_path)
+    loaded, _ = load_run(str(tmp_path), device=torch.device("cpu"))
+    assert not loaded.training
+    refused(lambda: load_run(tmp_path, scalar=True), "not a reward model")
+
+
+def test_a_reward_model_run_is_input(tmp_path, tokenizer):
+    model = ScalarModel(GPTConfig(tokenizer.vocab_size, n_positions=16, n_layer=1, n_head=2, n_embd=8))
+    init_weights(model, 0)
+    finished_run(tmp_path / "rm", (model, tokenizer), script="train_rm.py")
+    loaded, _ = load_run(tmp_path / "rm", scalar=True)
+    assert torch.equal(loaded.score.weight, model.score.weight)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tiny):
+    out = finished_run(tmp_path / "run", tiny)
+    larger = Tokenizer.train([TEXT, "And a larger vocabulary of quite other words, learned from this."], 290)
+    assert larger.vocab_size > tiny[1].vocab_size
+    larger.save(out)
+    refused(lambda: load_run(out), str(out), f"{larger.vocab_size} tokens", f"only {tiny[1].vocab_size}")
+    require_same_tokenizer(larger, "a", larger, "b")
+    refused(lambda: require_same_tokenizer(larger, "runs/a", tiny[1], "runs/b"), "runs/a", "runs/b", "tokenizers")
+
+
+def test_a_run_without_its_tokenizer_is_refused(tmp_path, tiny):
+    out = finished_run(tmp_path / "run", tiny)
+    (out / "tokenizer.json").unlink()
+    refused(lambda: load_run(out), "tokenizer.json")
+
+
+FAKE_SCRIPT = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "arguments").write_text(" ".join(sys.argv[1:]))
+(folder / "run.json").write_text(json.dumps({"script": "fake", "arguments": {}, "finished": True}))
+sys.exit(3 if "fail" in sys.argv else 0)
+"""
+
+
+def test_a_missing_default_input_is_trained_first(tmp_path, capfd):
+    script, folder = tmp_path / "fake.py", tmp_path / "runs" / "sft"
+    script.write_text(FAKE_SCRIPT)
+    assert ensure_run(folder, str(script), str(folder), "--seed", "4") == folder
+    assert (folder / "arguments").read_text() == f"{folder} --seed 4"
+    said = "".join(capfd.readouterr().out.split())
+    assert f"{folder}doesnotexistyet:runningpython{script}{folder}--seed4" in said
+
+    (folder / "arguments").unlink()
+    assert ensure_run(folder, str(script), str(folder)) == folder  # it is there now: nothing runs
+    assert not (folder / "arguments").exists()
+    assert capfd.readouterr().out == ""
+
+    (folder / "run.json").write_text(json.dumps({"script": "fake", "arguments": {}, "finished": False}))
+    ensure_run(folder, str(script), str(folder))
+    assert (folder / "arguments").read_text() == f"{folder} --resume"
+    assert "is not finished" in " ".join(capfd.readouterr().out.split())
+
+
+def test_a_default_input_that_cannot_be_trained_is_an_error(tmp_path):
+    script, folder = tmp_path / "fake.py", tmp_path / "sft"
+    script.write_text(FAKE_SCRIPT)
+    refused(lambda: ensure_run(folder, str(script), str(folder), "fail"), str(folder), "code 3")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def run_cli(monkeypatch, arguments, main=lambda args: None):
+    """Exit code of `cli` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["train_x.py", *arguments])
+    try:
+        cli(main, Args)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_arguments_arrive(monkeypatch):
+    seen = []
+    assert run_cli(monkeypatch, ["--out", "a/b", "--lr", "0.5", "--beta", "2", "--resume"], seen.append) == 0
+    assert seen == [Args(out=Path("a/b"), lr=0.5, inner=Inner(beta=2.0), resume=True)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "-1"], "--lr must be a positive number, got -1.0"),
+        (["--lr", "nan"], "--lr must be a positive number, got nan"),
+        (["--beta", "0"], "--beta must be a positive number, got 0.0"),  # in a nested config
+        (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1, got 0"),
+        (["--resume", "--overwrite"], "--resume and --overwrite contradict each other; give one of them"),
+        (["--kernel", "fast"], "--kernel must be auto or reference, got 'fast'"),
+        (["--device", "tpu9"], "--device 'tpu9' is not a device; use auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_an_argument_refused_by_its_config_is_one_line_and_code_two(monkeypatch, capsys, arguments, message):
+    assert run_cli(monkeypatch, arguments) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"error: {message}\n")
+
+
+def test_a_mistake_found_later_is_one_line_and_code_two(monkeypatch, capsys):
+    def main(args):
+        raise InputError("data.jsonl:3: not valid JSON; fix or delete this line")
+
+    assert run_cli(monkeypatch, [], main) == 2
+    assert capsys.readouterr().err == "error: data.jsonl:3: not valid JSON; fix or delete this line\n"
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["--lr", "much"], ["--dtype", "fp8"], ["--seed", "1.5"]])
+def test_what_the_parser_refuses_is_code_two_without_traceback(monkeypatch, capsys, arguments):
+    assert run_cli(monkeypatch, arguments) == 2
+    err = capsys.readouterr().err
+    assert arguments[0] in err
+    assert "Traceback" not in err
+
+
+def test_help_names_every_flag(monkeypatch, capsys):
+    assert run_cli(monkeypatch, ["--help"]) == 0
+    out = capsys.readouterr().out
+    for flag in ("--out", "--seed", "--device", "--dtype", "--checkpoint-every", "--resume", "--overwrite", "--beta"):
+        assert flag in out
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def main(args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_cli(monkeypatch, [], main)
+
+
+def test_an_interruption_is_code_130(monkeypatch, capsys):
+    def main(args):
+        raise KeyboardInterrupt
+
+    assert run_cli(monkeypatch, [], main) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_process_itself_ends_with_code_two(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from dataclasses import dataclass\nfrom pathlib import Path\nfrom minirlhf.runs import RunArgs, cli\n"
+        '@dataclass(frozen=True)\nclass Args(RunArgs):\n    """x"""\n    out: Path = Path("x")\n'
+        'cli(lambda args: print("ran"), Args)\n'
+    )
+    done = subprocess.run([sys.executable, script, "--checkpoint-every", "0"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --checkpoint-every must be at least 1, got 0\n"
+
+
+@pytest.mark.parametrize(
+    ("check", "good", "bad"),
+    [
+        (lambda x: check_at_least(1, batch_size=x), [1, 5, math.inf], [0, -1, 0.5, math.nan]),
+        (lambda x: check_positive(batch_size=x), [1e-9, 3], [0, -1, math.nan, math.inf, -math.inf]),
+        (lambda x: check_share(batch_size=x), [0, 0.5, 1], [-0.1, 1.1, math.nan]),
+    ],
+)
+def test_checks(check, good, bad):
+    for value in good:
+        check(float(value))
+    for value in bad:
+        refused(lambda value=value: check(float(value)), "--batch-size must", f"got {float(value)}")
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    refused(lambda: pick_device("cuda:97"), "--device cuda:97: this machine has")
+    for name in ("gpu", "", "cuda:x", "cpu!"):
+        refused(lambda name=name: pick_device(name), f"--device {name!r} is not a device")
+    for name in ("meta", "mps"):
+        refused(lambda name=name: pick_device(name), f"--device {name!r} is not supported")
+
+
+def test_a_gpu_asked_for_and_absent_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    refused(lambda: pick_device("cuda"), "--device cuda: this machine has 0", "--device cpu")
+
+
+def test_autocast_is_for_bf16_alone():
+    x = torch.ones(2, 2)
+    with autocast(torch.device("cpu"), "bf16"):
+        assert (x @ x).dtype == torch.bfloat16
+    with autocast(torch.device("cpu"), "fp32"):
+        assert (x @ x).dtype == torch.float32
+
+
+# --- learning rate, seeds, tables -------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_falls_and_ends_at_a_tenth():
+    rates = [cosine_lr(step, 100, 2.0, 10) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])  # the first step already moves
+    assert max(rates) == rates[10] == 2.0
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[55] == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half-way down
+    assert rates[100] == pytest.approx(0.2)
+    assert cosine_lr(0, 100, 2.0, 0) == 2.0
+    assert all(0 < cosine_lr(step, 5, 2.0, 10) <= 2.0 for step in range(5))  # a run shorter than its warm-up
+    assert cosine_lr(100, 100, 2.0, 10, floor=0.0) == pytest.approx(0.0)
+
+
+def test_set_lr_reaches_every_group():
+    optimizer = optimizer_of(toy(), fused=False)
+    set_lr(optimizer, 0.125)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+
+
+def first_draws(*keys):
+    return tuple(torch.randint(2**40, (4,), generator=seeded(*keys)).tolist())
+
+
+@settings(deadline=None, max_examples=50)
+@given(keys=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4))
+def test_a_seeded_generator_is_a_pure_function_of_its_keys(keys):
+    torch.rand(1, generator=seeded(1))
+    one = first_draws(*keys)
+    assert first_draws(*keys) == one
+    assert first_draws(*keys, 0) != one  # a further key counts even if it is 0
+    assert first_draws(keys[0] + 1, *keys[1:]) != one
+    assert first_draws(*keys[:-1], keys[-1] + 1) != one
+    if keys != keys[::-1]:
+        assert first_draws(*keys[::-1]) != one
+
+
+def test_neighbouring_keys_give_different_streams():
+    draws = [first_draws(seed, step) for seed in range(40) for step in range(40)]
+    assert len(set(draws)) == 1600
+    # Uniform numbers across keys are as good as along one stream.
+    u = torch.tensor([torch.rand((), generator=seeded(0, step)).item() for step in range(4000)])
+    assert abs(u.mean().item() - 0.5) < 5 / math.sqrt(12 * 4000)
+    correlation = torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1].item()
+    assert abs(correlation) < 5 / math.sqrt(4000)
+
+
+def test_seeds_are_those_of_splitmix64():
+    # The published generator's first numbers from the states 0 and 1234567; a seed has one bit less.
+    assert seeded(0).initial_seed() == 0xE220A8397B1DCDAF & (2**63 - 1)
+    assert seeded(1234567).initial_seed() == 6457827717110365317 & (2**63 - 1)
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    monkeypatch.setattr(runs.console, "width", 200)
+
+
+def test_samples_are_printed_as_they_are(capsys, wide):
+    texts = ["[red]not a colour[/red]", "[/] [b", ":smile: :warning:", "back\\slash\\", "\\[x]", "a < b & c"]
+    show_samples("step 3", [{"prompt": text, "reward": 0.125, "rank": 2} for text in texts])
+    out = capsys.readouterr().out
+    assert "step 3" in out
+    for text in texts:
+        assert f" {text} " in out
+    assert out.count("0.12") == len(texts)
+    show_samples("nothing", [])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_may_be_copied(tmp_path, tiny):
+    out = finished_run(tmp_path / "run", tiny)
+    shutil.copytree(out, tmp_path / "copy")
+    assert torch.equal(load_model(tmp_path / "copy").wte.weight, tiny[0].wte.weight)

@@ -1,0 +1,143 @@
+"""Improve a policy on a reward with PPO, held to where it started by a KL penalty.
+
+    python train_ppo.py                                                 the embedded help desk, its reward model
+    python train_ppo.py --reward gold                                   straight on the gold judge
+    python train_ppo.py --prompts mine.jsonl --init runs/mine --reward my_rewards:politeness --out runs/mine-ppo
+
+A reward function is any `def politeness(prompts, responses, texts)` that returns one number a response.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minirlhf import InputError, helpdesk
+from minirlhf.data import Text, read_records
+from minirlhf.generate import encode_prompt
+from minirlhf.model import GPT, ScalarModel, clone
+from minirlhf.ppo import PPOConfig, parse_range, train
+from minirlhf.rewards import GoldJudge, Reward, RewardModelScorer, load_reward
+from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, seeded
+from minirlhf.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """Proximal policy optimisation with a KL penalty to the initial policy."""
+
+    out: Path = Path("runs/ppo")
+    """The run's folder."""
+    prompts: str = "helpdesk"
+    """A file of records, whose prompts are used, or helpdesk."""
+    init: str = "runs/sft"
+    """The policy to start from, which is also the reference."""
+    reward: str = "runs/rm"
+    """runs/rm (a reward model's folder), gold, pkg.module:function, or hf:DIR (a text classifier)."""
+    config: PPOConfig = PPOConfig()
+    n: int = 4000
+    """Prompts drawn from the embedded world."""
+    prompt_tokens: str | None = None
+    """LOW:HIGH: take the first LOW to HIGH tokens of each text as its prompt."""
+    skip_long_prompts: bool = False
+    """Leave out prompts that do not fit the context with their response, instead of stopping."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, n=self.n)
+        if self.prompt_tokens is not None:
+            parse_range("--prompt-tokens", self.prompt_tokens)
+
+
+def main(args: Args) -> None:
+    """Prompts → policy, reference, critic, reward → one call → save."""
+    run = Run(args, "train_ppo.py", args.config.steps)
+    if run.finished:
+        return console.print(f"{args.out} is finished; nothing to resume")
+    device = pick_device(args.device)
+    texts = read_prompts(args)
+    if args.init == "runs/sft" and args.prompts == "helpdesk":
+        ensure_run(Path("runs/sft"), "train_sft.py", "--seed", str(args.seed))
+        if args.reward == "runs/rm":
+            ensure_run(Path("runs/rm"), "train_rm.py", "--seed", str(args.seed))
+    policy, tokenizer = load_run(args.init, device=device)
+    reward = load_reward(args.reward, device, policy_tokenizer=tokenizer, policy_folder=args.init)
+    prompts = tokenise(args, texts, tokenizer, policy)
+    ref = clone(policy)
+    critic = make_critic(args, policy, reward)
+    gold = GoldJudge() if args.prompts == "helpdesk" and args.reward != "gold" else None
+
+    console.print(f"{len(prompts):,} prompts of {args.prompts}, reward {reward.name}")
+    train(
+        policy, ref, critic, reward, lambda step: prompts_at(args, prompts, step), tokenizer, args.config, run,
+        seed=args.seed, gold=gold, dtype=args.dtype, kernel=args.kernel,
+    )  # fmt: skip
+    run.finish(policy, tokenizer)
+
+
+def read_prompts(args: Args) -> list[tuple[str, str]]:
+    """(prompt, where it stands), each prompt once."""
+    if args.prompts == "helpdesk":
+        return [(record.prompt, "helpdesk") for record in helpdesk.train_prompts(args.n, args.seed)]
+    found = {}
+    for record in read_records(args.prompts):
+        found.setdefault(record.text if isinstance(record, Text) else record.prompt, record.source)
+        if isinstance(record, Text) and args.prompt_tokens is None:
+            raise InputError(
+                f"{record.source}: a text has no prompt; --prompt-tokens 2:8 takes its first tokens as one"
+            )
+    return list(found.items())
+
+
+def tokenise(args: Args, texts: list[tuple[str, str]], tokenizer: Tokenizer, policy: GPT) -> list[list[int]]:
+    """Token ids of the prompts; one that leaves no room for its response is an error, or left out if asked."""
+    context, response = policy.config.n_positions, args.config.response_range[1]
+    longest = None if args.prompt_tokens is None else parse_range("--prompt-tokens", args.prompt_tokens)[1]
+    kept, skipped = [], 0
+    for text, source in texts:
+        tokens = encode_prompt(tokenizer, text)[:longest]
+        if len(tokens) + response > context:
+            if not args.skip_long_prompts:
+                raise InputError(
+                    f"{source}: a prompt of {len(tokens)} tokens and a response of {response} exceed the context of "
+                    f"{context}; shorten it, lower --response-tokens, or leave such prompts out with --skip-long-prompts"
+                )
+            skipped += 1
+        else:
+            kept.append(tokens)
+    if skipped:
+        console.print(f"{skipped:,} of {len(texts):,} prompts were too long for the context of {context} and left out")
+    if not kept:
+        raise InputError(f"{args.prompts}: no prompt fits the context of {context}; lower --response-tokens")
+    return kept
+
+
+def prompts_at(args: Args, prompts: list[list[int]], step: int) -> list[list[int]]:
+    """The prompts of a step, a pure function of the step; with --prompt-tokens, cut to a length drawn from the range."""
+    generator = seeded(args.seed, step, 0)
+    count = args.config.batch_size // args.config.responses_per_prompt
+    chosen = torch.randint(len(prompts), (count,), generator=generator).tolist()
+    if args.prompt_tokens is None:
+        return [prompts[i] for i in chosen]
+    low, high = parse_range("--prompt-tokens", args.prompt_tokens)
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return [prompts[i][:length] for i, length in zip(chosen, lengths)]
+
+
+def make_critic(args: Args, policy: GPT, reward: Reward) -> ScalarModel:
+    """Separate: starts as the reward model, which already knows what is coming (Stiennon et al. 2020, section 3.4), or as
+    the policy's trunk under a head of zeros. Shared: a head of zeros on the policy itself."""
+    if args.config.critic == "shared":
+        critic = ScalarModel(policy.config, trunk=policy)
+    elif isinstance(reward, RewardModelScorer):
+        critic = clone(reward.model)
+    else:
+        critic = ScalarModel(policy.config, trunk=clone(policy))
+    if args.config.critic == "shared" or not isinstance(reward, RewardModelScorer):
+        critic.score.weight.data.zero_()
+    critic.requires_grad_(True)
+    return critic.to(policy.wte.weight.device)
+
+
+if __name__ == "__main__":
+    cli(main, Args)

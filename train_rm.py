@@ -1,0 +1,78 @@
+"""Train a reward model from rankings, pairs or labelled texts.
+
+    python train_rm.py                                                the embedded help desk
+    python train_rm.py --data pairs.jsonl --init runs/mine --out runs/mine-rm
+
+Records: {"prompt", "responses", "ranking"}, {"prompt", "chosen", "rejected"}, whole {"chosen", "rejected"} transcripts,
+or {"text", "label"} (every text labelled 1 is preferred to every text labelled 0).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minirlhf import helpdesk
+from minirlhf.data import Ranking, Text, expect, labelled_pairs, read_records, split_held_out
+from minirlhf.model import ScalarModel, init_head
+from minirlhf.reward_model import RewardModelConfig, batches, train
+from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, seeded
+
+
+@dataclass(frozen=True)
+class Args(RunArgs):
+    """Learn a reward model from what people prefer."""
+
+    out: Path = Path("runs/rm")
+    """The run's folder."""
+    data: str = "helpdesk"
+    """A file of records, or helpdesk (the embedded world's rankings)."""
+    init: str = "runs/sft"
+    """The run, or GPT-2 folder, whose trunk is trained on."""
+    config: RewardModelConfig = RewardModelConfig()
+    n: int = 3000
+    """Rankings drawn from the embedded world; pairs drawn from labelled texts are twice the larger class."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, n=self.n)
+
+
+def main(args: Args) -> None:
+    """Data → model → one call → save."""
+    run = Run(args, "train_rm.py", args.config.steps)
+    if run.finished:
+        return console.print(f"{args.out} is finished; nothing to resume")
+    rankings, held_out = read_data(args)
+    if args.init == "runs/sft" and args.data == "helpdesk":
+        ensure_run(Path("runs/sft"), "train_sft.py", "--seed", str(args.seed))
+    policy, tokenizer = load_run(args.init, device=pick_device(args.device))
+    model = ScalarModel(policy.config, trunk=policy)
+    init_head(model, seeded(args.seed))
+    model.to(pick_device(args.device)).train()
+
+    batch_at, held_out_batches = batches(
+        rankings, held_out, tokenizer, model.config.n_positions, args.config, args.seed
+    )
+    console.print(f"{len(rankings):,} rankings of {args.data}, {len(held_out):,} held out")
+    metrics = train(model, batch_at, held_out_batches, args.config, run, dtype=args.dtype)
+    if "held_out_accuracy" in metrics:
+        note = f"  held-out pair accuracy {metrics['held_out_accuracy']:.3f}"
+        if args.data == "helpdesk":
+            note += f"; a perfect judge, given the annotators' noise: {helpdesk.noise_ceiling(held_out):.3f}"
+        console.print(note)
+    run.finish(model, tokenizer)
+
+
+def read_data(args: Args) -> tuple[list[Ranking], list[Ranking]]:
+    """Rankings to train on and rankings held out, which share no prompt."""
+    if args.data == "helpdesk":
+        return helpdesk.rankings(args.n, args.seed), helpdesk.rankings(400, args.seed, held_out=True)
+    records = expect(read_records(args.data), (Ranking, Text), args.data, "train_rm.py")
+    if isinstance(records[0], Text):
+        kept, rest = split_held_out(records, args.config.held_out, args.seed)
+        n = 2 * max(sum(r.label == 1 for r in kept), sum(r.label == 0 for r in kept))
+        return labelled_pairs(kept, args.seed, n), labelled_pairs(rest, args.seed)
+    return split_held_out(records, args.config.held_out, args.seed)
+
+
+if __name__ == "__main__":
+    cli(main, Args)
