@@ -66,10 +66,15 @@ def read_data(args: Args) -> tuple[list[Ranking], list[Ranking]]:
     """Rankings to train on and rankings held out, which share no prompt."""
     if args.data == "helpdesk":
         return helpdesk.rankings(args.n, args.seed), helpdesk.rankings(400, args.seed, held_out=True)
-    records = expect(read_records(args.data), (Ranking, Text), args.data, "train_rm.py")
+    records = read_records(args.data)
+    expect(records, (type(records[0]),), args.data, "train_rm.py (which takes one kind of record at a time)")
+    expect(records, (Ranking, Text), args.data, "train_rm.py")
     if isinstance(records[0], Text):
-        kept, rest = split_held_out(records, args.config.held_out, args.seed)
-        n = 2 * max(sum(r.label == 1 for r in kept), sum(r.label == 0 for r in kept))
+        labelled_pairs(records, args.seed, 1)  # names what lacks a label, and a label that does not occur
+        by_label = ([record for record in records if record.label == label] for label in (1, 0))
+        parts = [split_held_out(texts, args.config.held_out, args.seed) for texts in by_label]  # both have both labels
+        kept, rest = ([*wanted, *unwanted] for wanted, unwanted in zip(*parts))
+        n = 2 * max(len(own_kept) for own_kept, _ in parts)
         return labelled_pairs(kept, args.seed, n), labelled_pairs(rest, args.seed)
     return split_held_out(records, args.config.held_out, args.seed)
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from minirlhf import InputError
 from minirlhf.data import Example, Ranking, batch_indices, collate, make_example
 from minirlhf.model import GPT, adamw, response_stats, scatter_counted
 from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
@@ -68,7 +69,9 @@ class DPOConfig:
         check_at_least(0, microbatch_size=self.microbatch_size, warmup_steps=self.warmup_steps)
         check_at_least(0, weight_decay=self.weight_decay)
         check_positive(lr=self.lr, max_grad_norm=self.max_grad_norm, beta=self.beta)
-        check_share(label_smoothing=2 * self.label_smoothing, held_out=self.held_out)
+        check_share(held_out=self.held_out)
+        if not 0 <= self.label_smoothing <= 0.5:
+            raise InputError(f"--label-smoothing must lie between 0 and 0.5, got {self.label_smoothing}")
 
 
 # --- equations --------------------------------------------------------------------------------------------------------
@@ -237,6 +240,9 @@ def train(
     context, size = model.config.n_positions, config.microbatch_size or config.batch_size
     examples, cut = tokenise(pairs_of(train_rankings), tokenizer, context)
     rest, cut_rest = tokenise(pairs_of(held_out), tokenizer, context)
+    if not examples:
+        where = train_rankings[0].source.rpartition(":")[0] if train_rankings else ""
+        raise InputError(f"{where or 'the rankings'}: all responses are tied; add some that are better than others")
     console.print(f"{len(examples):,} pairs, {len(rest):,} held out")
     if cut + cut_rest:
         console.print(f"{cut + cut_rest:,} of them were longer than {context} tokens and were cut")
@@ -270,7 +276,8 @@ def train(
 
         metrics |= {"grad_norm": float(grad_norm), "lr": lr}
         if rest and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
-            metrics |= held_out_metrics(model, rest_data, config, tokenizer.eot, size, kernel)
+            with autocast(device, dtype):
+                metrics |= held_out_metrics(model, rest_data, config, tokenizer.eot, size, kernel)
         run.log(step, metrics, show=("loss", "accuracy", "margin"))
         run.checkpoint(step + 1, model=model, optimizer=optimizer)
     return metrics

@@ -136,10 +136,10 @@ MOODS = {"": ("",), **FEELINGS, **CALM}
 MOOD_CUES = {"angry": "angry", "worried": "worried", "sad": r"\bsad\b", "in a hurry": "in a hurry|help fast",
              "polite": "hope you are well|small question|may i ask",
              "happy": "love your shop|happy customer|shop is great"}
-GREETINGS = ("", "", "Hello.", "Hi there.", "Good morning.", "Good evening.")
-DETAILS = ("", "", "It is a gift.", "I ordered it last week.", "It is my first order.",
+GREETINGS = ("", "", "", "Hello.", "Hi there.", "Good morning.", "Good evening.")
+DETAILS = ("", "", "", "", "", "It is a gift.", "I ordered it last week.", "It is my first order.",
            "My mother gave me the money for it.", "I have been a customer for ten years.")
-QUESTIONS = ("", "What should I do?", "How can you help?", "Can you help me?", "What can I do now?", "Please help me.")
+QUESTIONS = ("", "", "", "What should I do?", "How can you help?", "Can you help me?", "What can I do now?", "Please help me.")
 
 APOLOGIES = ("I am sorry to hear that.", "I am sorry for the trouble[ with your X].", "I am sorry about this.")
 UNDERSTANDING = ("I understand that you are FEELING[ about your X].", "I see that you are FEELING[ about your X].")
@@ -160,7 +160,7 @@ CONTRACTIONS = {"I am": "I'm", "has not": "hasn't", "does not": "doesn't", "do n
                 "cannot": "can't"}
 # fmt: on
 
-ANNOTATOR_TEMPERATURE = 1.5  # scale of the annotators' Gumbel noise, in points of gold score
+ANNOTATOR_TEMPERATURE = 2.0  # scale of the annotators' Gumbel noise, in points of gold score
 TIE_MARGIN = 0.25  # two replies that feel closer than this to an annotator are recorded as a tie, in points
 HELD_OUT_ONE_IN = 10
 
@@ -361,7 +361,7 @@ def corpus(n: int, seed: int) -> list[str]:
         elif kind < 0.9:
             text = _transcript(_ask(scenario, rng)) + _reply(scenario, CARELESS, rng)
             if rng.random() < 0.6:
-                text += "\nCustomer: " + rng.choice(("Thank you.", "That does not help me.", *QUESTIONS[1:]))
+                text += "\nCustomer: " + rng.choice(("Thank you.", "That does not help me.", *filter(None, QUESTIONS)))
         else:
             talk = (_ask(scenario, rng), _reply(scenario, CARELESS, rng).strip(), *OFF_TOPIC, *RAMBLING, *OFFERS)
             text = " ".join(rng.sample(talk, 3))

@@ -227,22 +227,23 @@ def scatter_counted(values: Float[Tensor, " N"], counted: Bool[Tensor, "B T"]) -
 
 
 def init_weights(model: GPT | ScalarModel, seed: int) -> None:
-    """Draw fresh weights: normal with deviation 0.02, projections into the residual stream by 1/√(2 n_layer) less.
+    """Draw fresh weights: normal with deviation 0.8/√D, projections into the residual stream by 1/√(2 n_layer) less.
 
-    Source: Radford et al. 2019, section 2.3 (the scaling by depth) and OpenAI's released code (0.02 for weights, 0.01
-    for positions, 0 for biases). Differs: positions get 0.02, as in nanoGPT. A scalar head starts at 1/√(D + 1), after
-    Stiennon et al. 2020, section C.1.
+    Source: Radford et al. 2019, section 2.3 (the scaling by depth), and OpenAI's released code (deviation 0.02, biases
+    0), as in nanoGPT. Differs: 0.02 is what 0.8/√D gives at their largest width, 1600. At width 128 the same 0.02 would
+    make the variance of every product twelve times smaller, and the model takes about twice as many steps to learn
+    to copy a word from its prompt. A scalar head starts at 1/√(D + 1), after Stiennon et al. 2020, section C.1.
     """
     g = torch.Generator().manual_seed(seed)
+    std = 0.8 / math.sqrt(model.config.n_embd)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)  # layer norms; biases
         elif name == "score.weight":
             init_head(model, g)
         else:
-            deep = name.endswith("proj.weight")
-            std = 0.02 / math.sqrt(2 * model.config.n_layer) if deep else 0.02
-            parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=g))
+            scale = 1 / math.sqrt(2 * model.config.n_layer) if name.endswith("proj.weight") else 1.0
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, std * scale, generator=g))
 
 
 def init_head(model: ScalarModel, generator: torch.Generator) -> None:

@@ -161,8 +161,8 @@ def whiten(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, 
 
 
 def kl_terms(
-    logprobs: Float[Tensor, "B R"], ref_logprobs: Float[Tensor, "B R"], exact: Float[Tensor, "B R"], estimator: str
-) -> Float[Tensor, "B R"]:
+    logprobs: Float[Tensor, "*n"], ref_logprobs: Float[Tensor, "*n"], exact: Float[Tensor, "*n"], estimator: str
+) -> Float[Tensor, "*n"]:
     """KL(π‖π_ref) token by token, from tokens drawn from π; in nats.
 
         k1 = log π/π_ref                     unbiased, can be negative

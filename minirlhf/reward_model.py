@@ -196,6 +196,9 @@ def batches(
     seed: int,
 ) -> tuple[Callable[[int], list[Rankings]], list[Rankings]]:
     """What to train on: the microbatches of a step as a pure function of the step, and the held-out batches."""
+    if all(len(set(ranking.ranks)) == 1 for ranking in train_rankings):
+        where = train_rankings[0].source.rpartition(":")[0] if train_rankings else ""
+        raise InputError(f"{where or 'the rankings'}: all responses are tied; add some that are better than others")
     ranked, cut = tokenise(train_rankings, tokenizer, context)
     rest, cut_rest = tokenise(held_out, tokenizer, context)
     if cut + cut_rest:

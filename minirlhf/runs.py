@@ -206,14 +206,22 @@ class Run:
     def checkpoint(
         self, done: int, *, numbers: dict[str, float] | None = None, **parts: nn.Module | torch.optim.Optimizer
     ) -> None:
-        """After `done` steps, if it is time: write what `restore` needs, in one file, in one rename."""
-        if done % self.checkpoint_every or done == self.steps:
+        """After `done` steps, if it is time: write what `restore` needs, in one file, in one rename.
+
+        A step may overflow the weights though its loss was a number: that stops the run here, and after the last step,
+        so that neither a checkpoint nor a result holds such weights.
+        """
+        if done % self.checkpoint_every and done != self.steps:
             return
-        self._begin()
         tensors = {}
         for name, part in parts.items():
             own = part.state_dict() if isinstance(part, nn.Module) else _optimizer_tensors(part)
             tensors |= {f"{name}/{key}": value.detach().cpu().contiguous().clone() for key, value in own.items()}
+        largest = torch.stack([value.abs().max().double() for value in tensors.values()]).max()  # NaN if any is
+        self.require_finite(done - 1, **{"a weight": largest})
+        if done == self.steps:
+            return
+        self._begin()
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "checkpoint.safetensors"
         save_file(tensors, f"{path}.partial", metadata={"info": json.dumps({"step": done, "numbers": numbers or {}})})

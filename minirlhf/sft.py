@@ -19,6 +19,7 @@ from minirlhf import InputError
 from minirlhf.data import (
     Batch,
     Demonstration,
+    Example,
     Text,
     batch_indices,
     collate,
@@ -115,21 +116,18 @@ def batches(
 ) -> tuple[Callable[[int], Batch], list[Batch]]:
     """What to train on: the batch of a step as a pure function of the step, and the held-out batches.
 
-    Texts become one long row of tokens, of which a batch is random windows: no padding at all. Demonstrations become
-    batches of about the same length.
+    One long text becomes one row of tokens, of which a batch is random windows. Many texts, like demonstrations, stay
+    apart, one to a row, in batches of about the same length: a row that runs from one text into the next would have to
+    learn first that they have nothing to do with each other.
 
     Raises:
         InputError: there is less text than one sequence.
     """
-    size = config.batch_size
-    if isinstance(records[0], Text):
-        block = min(config.block or context, context)
-        if len(records) > 1 and config.held_out > 0:
-            kept, rest = split_held_out(records, config.held_out, seed)
-            stream, rest = (token_stream(tokenizer, [r.text for r in part]) for part in (kept, rest))
-        else:
-            stream = token_stream(tokenizer, [r.text for r in records])
-            stream, rest = stream.tensor_split([len(stream) - int(len(stream) * config.held_out)])
+    size, block = config.batch_size, min(config.block or context, context)
+    rows = config.microbatch_size or size  # held-out batches have to fit in memory, too
+    if isinstance(records[0], Text) and len(records) == 1:
+        stream = token_stream(tokenizer, [records[0].text])
+        stream, rest = stream.tensor_split([len(stream) - int(len(stream) * config.held_out)])
         if len(stream) < block + 1:
             raise InputError(
                 f"{records[0].source or 'the data'}: {len(stream)} tokens of text are fewer than one sequence of "
@@ -138,20 +136,32 @@ def batches(
         windows = rest[: len(rest) // (block + 1) * (block + 1)].view(-1, block + 1)
         return (
             lambda step: _whole(stream_batch(stream, size, block, seed, step)),
-            [_whole(part) for part in windows.split(size) if len(part)],
+            [_whole(part) for part in windows.split(rows) if len(part)],
         )
 
     kept, rest = split_held_out(records, config.held_out, seed) if config.held_out > 0 else (records, [])
-    examples, cut = examples_from(tokenizer, kept, context)
-    rest, cut_rest = examples_from(tokenizer, rest, context)
-    if cut + cut_rest:
-        console.print(f"{cut + cut_rest:,} of {len(records):,} records were longer than {context} tokens and were cut")
+    if isinstance(records[0], Text):
+        examples, rest = (_documents(tokenizer, part, block) for part in (kept, rest))
+    else:
+        examples, cut = examples_from(tokenizer, kept, context)
+        rest, cut_rest = examples_from(tokenizer, rest, context)
+        if cut + cut_rest:
+            console.print(f"{cut + cut_rest:,} of {len(records):,} records exceed {context} tokens and were cut")
     lengths = [len(example.tokens) for example in examples]
     rest.sort(key=lambda example: len(example.tokens))
     return (
         lambda step: collate([examples[i] for i in batch_indices(lengths, size, seed, step)], tokenizer.eot),
-        [collate(rest[i : i + size], tokenizer.eot) for i in range(0, len(rest), size)],
+        [collate(rest[i : i + rows], tokenizer.eot) for i in range(0, len(rest), rows)],
     )
+
+
+def _documents(tokenizer: Tokenizer, records: Sequence[Text], block: int) -> list[Example]:
+    """Texts between two end-of-texts, in pieces of at most `block` predicted tokens, each token predicted once."""
+    examples = []
+    for record in records:
+        tokens = [tokenizer.eot, *tokenizer.encode(record.text), tokenizer.eot]
+        examples += [Example(tokens[i : i + block + 1], 1) for i in range(0, len(tokens) - 1, block)]
+    return examples
 
 
 def _whole(tokens: Tensor) -> Batch:

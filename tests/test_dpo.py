@@ -1,0 +1,465 @@
+"""dpo: the losses, the log-probs they are made of, the reference's cache, accumulation, learning, resuming."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minirlhf.dpo as dpo
+from minirlhf import InputError
+from minirlhf.data import Ranking
+from minirlhf.dpo import (
+    DPOConfig,
+    collate_pairs,
+    held_out_metrics,
+    pair_metrics,
+    pairs_of,
+    preference_loss,
+    sequence_logps,
+    tokenise,
+    train,
+    with_reference,
+)
+from minirlhf.model import GPT, GPTConfig, clone, init_weights
+from minirlhf.runs import Run, RunArgs, cosine_lr
+
+CONTEXT = 48
+RANKINGS = [
+    Ranking("My lamp broke.", (" Sorry!", " So what", " Please send us a photo of the damage."), (1, 3, 2)),
+    Ranking("My kettle?", (" No.", " I apologise."), (2, 1)),
+    Ranking("Where is it?", (" a", " bb", " ccc", " dddd"), (2, 1, 2, 1)),
+    Ranking("Hi", (" Hello.", " Go away"), (1, 2)),
+    Ranking("", (" Yes", " no"), (1, 1)),
+]
+
+
+@pytest.fixture
+def tiny(tiny_tokenizer):
+    """Make a model of one layer."""
+
+    def make(seed: int = 0) -> GPT:
+        model = GPT(GPTConfig(tiny_tokenizer.vocab_size, CONTEXT, n_layer=1, n_head=2, n_embd=16))
+        init_weights(model, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0.0, 0.2, generator=generator)
+        return model
+
+    return make
+
+
+def weights(model: GPT) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class Killed(Exception):
+    """The run's process is gone."""
+
+
+def run_in(folder, steps, *, resume=False, every=2, dies_at=None) -> Run:
+    """A run that can be killed: after the weights of step `dies_at` moved, before anything is written of it."""
+    run = Run(RunArgs(out=folder, checkpoint_every=every, resume=resume), "train_dpo.py", steps)
+    log = run.log
+
+    def log_or_die(step, *args, **kwargs):
+        if step == dies_at:
+            raise Killed
+        log(step, *args, **kwargs)
+
+    run.log = log_or_die
+    return run
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+
+LOGPS = st.floats(-40, 0)
+
+
+def loss_of(chosen, rejected, ref_chosen, ref_rejected, *options) -> float:
+    given_logps = (torch.tensor([x], dtype=torch.float64) for x in (chosen, rejected, ref_chosen, ref_rejected))
+    return preference_loss(*given_logps, *options).item()
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+@given(LOGPS, LOGPS, st.floats(0.01, 5), st.floats(0, 0.5))
+def test_at_the_reference_the_loss_is_ln_2(chosen, rejected, beta, smoothing):
+    assert loss_of(chosen, rejected, chosen, rejected, beta, "sigmoid", smoothing) == pytest.approx(math.log(2))
+    assert loss_of(chosen, rejected, chosen, rejected, beta, "ipo") == pytest.approx(1 / (2 * beta) ** 2)
+    assert loss_of(chosen, rejected, chosen, rejected, beta, "hinge") == 1.0
+
+
+@given(LOGPS, LOGPS, LOGPS, LOGPS, st.floats(0.01, 0.5), st.floats(0, 0.5))
+def test_the_losses_are_their_formulas(chosen, rejected, ref_chosen, ref_rejected, beta, smoothing):
+    four = (chosen, rejected, ref_chosen, ref_rejected)
+    h = math.log(math.exp(chosen - ref_chosen) / math.exp(rejected - ref_rejected))
+    right, wrong = math.log(sigmoid(beta * h)), math.log(sigmoid(-beta * h))
+    expected = -(1 - smoothing) * right - smoothing * wrong
+    assert loss_of(*four, beta, "sigmoid", smoothing) == pytest.approx(expected, rel=1e-9)
+    assert loss_of(*four, beta, "sigmoid") == pytest.approx(-right, rel=1e-9)
+    assert loss_of(*four, beta, "ipo") == pytest.approx((h - 0.5 / beta) ** 2, rel=1e-9, abs=1e-12)
+    assert loss_of(*four, beta, "hinge") == pytest.approx(max(0.0, 1 - beta * h), rel=1e-9, abs=1e-12)
+
+
+@given(LOGPS, LOGPS, LOGPS, LOGPS, st.floats(0.01, 0.5))
+def test_swapping_the_pair_turns_the_loss_around(chosen, rejected, ref_chosen, ref_rejected, beta):
+    one = loss_of(chosen, rejected, ref_chosen, ref_rejected, beta)
+    other = loss_of(rejected, chosen, ref_rejected, ref_chosen, beta)
+    assert math.exp(-one) + math.exp(-other) == pytest.approx(1.0)  # the two are all that can be preferred
+    half = loss_of(chosen, rejected, ref_chosen, ref_rejected, beta, "sigmoid", 0.5)
+    assert half == pytest.approx(loss_of(rejected, chosen, ref_rejected, ref_chosen, beta, "sigmoid", 0.5))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+def test_gradients_raise_the_chosen_and_lower_the_rejected(loss):
+    chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-5.0, -6.0))
+    value = preference_loss(chosen, rejected, torch.tensor([-5.5]), torch.tensor([-5.0]), 0.1, loss).sum()
+    up, down = torch.autograd.grad(value, (chosen, rejected))
+    assert up < 0 < down
+    assert up == -down  # only their difference is seen
+    if loss == "sigmoid":  # β σ(-β h) (Rafailov et al. 2023, section 4), h = 0.5 + 1
+        assert down.item() == pytest.approx(0.1 * sigmoid(-0.1 * 1.5))
+
+
+def test_a_bounded_aim_is_left_behind_no_further():
+    # Where β h is beyond its aim, hinge is content, IPO pulls back, and so does label smoothing; plain DPO goes on.
+    def slope(*options):
+        chosen = torch.tensor([60.0], dtype=torch.float64, requires_grad=True)
+        zero = torch.zeros(1, dtype=torch.float64)
+        return torch.autograd.grad(preference_loss(chosen, zero, zero, zero, 0.1, *options).sum(), chosen)[0].item()
+
+    assert slope("hinge") == 0.0
+    assert slope("ipo") > 0
+    assert slope("sigmoid", 0.1) > 0 > slope("sigmoid")
+
+
+# --- log-probs --------------------------------------------------------------------------------------------------------
+
+
+def made(tokenizer, rankings=RANKINGS):
+    examples, _ = tokenise(pairs_of(rankings), tokenizer, CONTEXT)
+    return examples
+
+
+def logp_by_hand(model: GPT, example, average: bool = False) -> torch.Tensor:
+    """log π(y|x): one row without padding, one token after the other."""
+    logits = model.logits(model(torch.tensor([example.tokens])))[0]
+    counted = range(example.start, len(example.tokens))
+    total = sum(F.log_softmax(logits[t - 1], dim=-1)[example.tokens[t]] for t in counted)
+    return total / len(counted) if average else total
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_response_is_worth_the_sum_of_its_tokens(tiny, tiny_tokenizer, average):
+    model, examples = tiny(), made(tiny_tokenizer)
+    batch = collate_pairs(examples, range(len(examples)), tiny_tokenizer.eot)
+    with torch.no_grad():
+        got = sequence_logps(model, batch.tokens, batch.counted, average)
+        expected = [logp_by_hand(model, one.chosen, average) for one in examples]
+        expected += [logp_by_hand(model, one.rejected, average) for one in examples]
+    torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_no_log_prob_and_no_gradient(tiny, tiny_tokenizer):
+    model, examples = tiny(), made(tiny_tokenizer)
+    batch = collate_pairs(examples, range(len(examples)), tiny_tokenizer.eot)
+    plain = sequence_logps(model, batch.tokens, batch.counted)
+    other = collate_pairs(examples, range(len(examples)), 7)
+    padded = sequence_logps(model, F.pad(other.tokens, (0, 6), value=3), F.pad(other.counted, (0, 6)))
+    torch.testing.assert_close(padded, plain, rtol=1e-6, atol=1e-5)
+    weight = torch.arange(1.0, len(plain) + 1)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), list(model.parameters())) for x in (plain, padded))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_strictly_ordered_pair_of_a_ranking_is_one():
+    pairs = pairs_of(RANKINGS)
+    photo = " Please send us a photo of the damage."
+    assert pairs[:4] == [
+        ("My lamp broke.", " Sorry!", " So what"),
+        ("My lamp broke.", " Sorry!", photo),
+        ("My lamp broke.", photo, " So what"),
+        ("My kettle?", " I apologise.", " No."),
+    ]
+    assert sorted(pairs[4:8]) == [
+        ("Where is it?", better, worse) for better in (" bb", " dddd") for worse in (" a", " ccc")
+    ]
+    assert pairs[8:] == [("Hi", " Hello.", " Go away")]  # and none of the two that are tied
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=6))
+def test_pairs_of_any_ranking(ranks):
+    responses = tuple(f" {i}" for i in range(len(ranks)))
+    expected = {("Q", responses[i], responses[j]) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b}
+    pairs = pairs_of([Ranking("Q", responses, tuple(ranks))])
+    assert len(pairs) == len(expected)
+    assert set(pairs) == expected
+
+
+def test_chosen_stand_above_rejected(tiny_tokenizer):
+    examples = made(tiny_tokenizer)
+    batch = collate_pairs(examples[:3], [7, 5, 6], tiny_tokenizer.eot)
+    texts = [tiny_tokenizer.decode(row[counted].tolist()) for row, counted in zip(batch.tokens, batch.counted)]
+    pairs = pairs_of(RANKINGS)[:3]
+    assert texts == [chosen for _, chosen, _ in pairs] + [rejected for _, _, rejected in pairs]
+    assert batch.index == [7, 5, 6]
+
+
+def test_pairs_that_are_cut_are_counted_once(tiny_tokenizer):
+    pairs = [("Q", " yes", " no"), ("Q", " yes " * 60, " no"), ("Q", " yes " * 60, " no " * 60)]
+    examples, cut = tokenise(pairs, tiny_tokenizer, CONTEXT)
+    assert cut == 2
+    assert all(len(e.tokens) <= CONTEXT for one in examples for e in one)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 4, 100])
+def test_the_reference_is_kept_pair_by_pair(tiny, tiny_tokenizer, size, average):
+    ref, examples = clone(tiny(3)), made(tiny_tokenizer)
+    data = with_reference(ref, examples, tiny_tokenizer.eot, size, average, "fp32", "auto")
+    expected = torch.stack([torch.stack([logp_by_hand(ref, e, average) for e in one]) for one in examples])
+    torch.testing.assert_close(data.ref_logps, expected, rtol=1e-5, atol=1e-5)
+    assert expected.unique(dim=0).shape == expected.shape  # any other order would show
+    assert data.examples == examples
+    assert not data.ref_logps.requires_grad
+
+
+def test_metrics_of_pairs_by_hand(tiny, tiny_tokenizer):
+    model, ref, examples = tiny(0), clone(tiny(3)), made(tiny_tokenizer)
+    config = DPOConfig(beta=0.3, label_smoothing=0.1)
+    data = with_reference(ref, examples, tiny_tokenizer.eot, 3, False, "fp32", "auto")
+    index = [5, 0, 8, 3]  # the batch is in another order than the data
+    batch = collate_pairs([examples[i] for i in index], index, tiny_tokenizer.eot)
+    losses, metrics = pair_metrics(model, data, batch, config, "auto")
+    for place, i in enumerate(index):
+        chosen, rejected = (logp_by_hand(model, e).item() for e in examples[i])
+        ref_chosen, ref_rejected = (logp_by_hand(ref, e).item() for e in examples[i])
+        margin = 0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))
+        expected = {
+            "loss": -0.9 * math.log(sigmoid(margin)) - 0.1 * math.log(sigmoid(-margin)),
+            "accuracy": float(margin > 0),
+            "margin": margin,
+            "chosen_reward": 0.3 * (chosen - ref_chosen),
+            "rejected_reward": 0.3 * (rejected - ref_rejected),
+            "chosen_logps": chosen,
+            "rejected_logps": rejected,
+        }
+        assert {name: values[place].item() for name, values in metrics.items()} == pytest.approx(expected, abs=1e-4)
+        assert losses[place].item() == pytest.approx(expected["loss"], abs=1e-5)
+    assert losses.requires_grad
+    assert not any(values.requires_grad for values in metrics.values())
+
+
+def test_at_the_reference_every_pair_is_undecided(tiny, tiny_tokenizer):
+    model, examples = tiny(), made(tiny_tokenizer)
+    data = with_reference(clone(model), examples, tiny_tokenizer.eot, len(examples), False, "fp32", "auto")
+    got = held_out_metrics(model, data, DPOConfig(), tiny_tokenizer.eot, len(examples), "auto")
+    assert got["held_out_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    batch = collate_pairs(examples[:1], [0], tiny_tokenizer.eot)
+    data = data._replace(ref_logps=sequence_logps(model, batch.tokens, batch.counted).detach()[None])
+    _, metrics = pair_metrics(model, data, batch, DPOConfig(), "auto")
+    assert metrics["margin"].item() == 0.0
+    assert metrics["accuracy"].item() == 0.5
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+CONFIG = DPOConfig(steps=7, batch_size=4, lr=5e-3, warmup_steps=2, eval_every=3)
+
+
+def train_tiny(folder, model, tokenizer, config=CONFIG, rankings=RANKINGS, held_out=RANKINGS[:2], ref=None, **kwargs):
+    run = run_in(folder, config.steps, **kwargs)
+    return train(model, ref or clone(model), rankings, held_out, tokenizer, config, run, seed=5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss": "sigmoid", "label_smoothing": 0.2}, {"loss": "ipo", "average": True}, {"loss": "hinge"}],
+    ids=["sigmoid", "cdpo", "ipo", "hinge"],
+)
+@pytest.mark.parametrize("size", [0, 1, 2, 4, 100])
+def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, tmp_path, monkeypatch, size, options):
+    # With plain gradient descent, the step is the gradient.
+    monkeypatch.setattr(dpo, "adamw", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
+    examples, average = made(tiny_tokenizer), options.get("average", False)
+    config = DPOConfig(
+        steps=1, batch_size=9, microbatch_size=size, lr=1.0, warmup_steps=0, max_grad_norm=1e6, beta=0.5, **options
+    )
+    by_hand, ref = tiny(0), clone(tiny(3))
+    four = [
+        torch.stack([logp_by_hand(model, one[which], average) for one in examples])
+        for model in (by_hand, ref)
+        for which in (0, 1)
+    ]
+    loss = preference_loss(*four, 0.5, config.loss, config.label_smoothing).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(by_hand.parameters()))])
+    assert expected.abs().max() > 1e-2
+
+    model = tiny(0)
+    metrics = train_tiny(tmp_path / "run", model, tiny_tokenizer, config, held_out=[], ref=ref)
+    torch.testing.assert_close(weights(by_hand) - weights(model), expected, rtol=0, atol=2e-6)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["chosen_logps"] == pytest.approx(four[0].mean().item(), rel=1e-5)
+    assert metrics["rejected_logps"] == pytest.approx(four[1].mean().item(), rel=1e-5)
+
+
+def test_only_what_the_run_sees_is_read_by_the_reference_and_in_its_place(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+    rankings = [Ranking(f"Order {i}", (f" yes{i}", f" no {i} " * (i % 4 + 1)), (1, 2)) for i in range(30)]
+    ref, read, seen = clone(tiny(3)), [], []
+
+    def reference(ref, examples, *rest):
+        read.append(examples)
+        return with_reference(ref, examples, *rest)
+
+    def metrics(model, data, batch, *rest):
+        seen.append((data, batch))
+        return pair_metrics(model, data, batch, *rest)
+
+    monkeypatch.setattr(dpo, "with_reference", reference)
+    monkeypatch.setattr(dpo, "pair_metrics", metrics)
+    config = DPOConfig(steps=3, batch_size=4, microbatch_size=3)
+    train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, config, rankings, held_out=[], ref=ref)
+    assert len(read[0]) == 12  # three batches of four out of thirty
+    assert len(seen) == 6
+    # Of one epoch, each is trained on once.
+    assert sorted(i for _, batch in seen for i in batch.index) == list(range(12))
+    for data, batch in seen:
+        rows_of = zip(batch.tokens, batch.counted)
+        ends = [row[: int(counted.nonzero().max()) + 1].tolist() for row, counted in rows_of]
+        half = len(ends) // 2
+        for place, i in enumerate(batch.index):
+            assert [data.examples[i].chosen.tokens, data.examples[i].rejected.tokens] == [
+                ends[place],
+                ends[half + place],
+            ]
+            expected = torch.stack([logp_by_hand(ref, example) for example in data.examples[i]])
+            torch.testing.assert_close(data.ref_logps[i], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+def test_training_learns_the_preference(tiny, tiny_tokenizer, tmp_path, loss):
+    def rankings(start, n):
+        return [Ranking(f"Order {i}:", (" Go away.", " I apologise."), (2, 1)) for i in range(start, start + n)]
+
+    config = DPOConfig(steps=25, batch_size=8, lr=5e-3, warmup_steps=2, loss=loss, beta=0.3, eval_every=10)
+    metrics = train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, config, rankings(10, 60), rankings(70, 20))
+    logged = rows(tmp_path / "run")
+    assert abs(logged[0]["margin"]) < 1e-4  # the policy starts as the reference
+    assert metrics["accuracy"] == 1.0
+    assert metrics["margin"] > 0.9 * (0.5 if loss == "ipo" else 1.0)  # IPO's aim is β h = 1/2
+    assert metrics["chosen_reward"] > metrics["rejected_reward"] + 0.4
+    assert metrics["held_out_accuracy"] == 1.0
+    assert metrics["held_out_loss"] < 0.5 * logged[0]["loss"]
+    assert [row["step"] for row in logged if "held_out_loss" in row] == [9, 19, 24]
+    assert [row["lr"] for row in logged] == [cosine_lr(step, 25, 5e-3, 2) for step in range(25)]
+    names = {
+        "loss",
+        "accuracy",
+        "margin",
+        "chosen_reward",
+        "rejected_reward",
+        "chosen_logps",
+        "rejected_logps",
+        "grad_norm",
+    }
+    for row in logged:
+        assert names <= row.keys()
+        assert all(row[name] is not None for name in names)  # null is what a number that is none becomes
+
+
+def test_held_out_metrics_weigh_every_pair_alike(tiny, tiny_tokenizer):
+    model, ref, examples = tiny(0), clone(tiny(3)), made(tiny_tokenizer)
+    config = DPOConfig(beta=0.3)
+    data = with_reference(ref, examples, tiny_tokenizer.eot, 4, False, "fp32", "auto")
+    got = [held_out_metrics(model, data, config, tiny_tokenizer.eot, size, "auto") for size in (1, 2, 4, 9)]
+    four = [torch.stack([logp_by_hand(m, one[which]) for one in examples]) for m in (model, ref) for which in (0, 1)]
+    h = (four[0] - four[2]) - (four[1] - four[3])
+    expected = {
+        "held_out_loss": preference_loss(*four, 0.3).mean().item(),
+        "held_out_accuracy": (h > 0).float().mean().item(),
+    }
+    assert 0 < expected["held_out_accuracy"] < 1
+    for one in got:
+        assert one == pytest.approx(expected, rel=1e-4)
+
+
+def test_under_bf16_the_held_out_loss_is_ln_2_too_where_nothing_was_learned(
+    tiny, tiny_tokenizer, tmp_path, monkeypatch
+):
+    # The reference's log-probs and the policy's must come from the same arithmetic.
+    monkeypatch.setattr(dpo, "adamw", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=0.0))
+    monkeypatch.setattr(dpo, "set_lr", lambda optimizer, lr: None)
+    model, config = tiny(), DPOConfig(steps=1, batch_size=4, beta=5.0)
+    run = run_in(tmp_path / "run", 1)
+    got = train(model, clone(model), RANKINGS, RANKINGS[:1], tiny_tokenizer, config, run, seed=0, dtype="bf16")
+    assert got["held_out_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert got["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_the_same_seed_twice_gives_the_same_bits(tiny, tiny_tokenizer, tmp_path):
+    one, two = tiny(), tiny()
+    train_tiny(tmp_path / "one", one, tiny_tokenizer)
+    torch.rand(3)
+    train_tiny(tmp_path / "two", two, tiny_tokenizer)
+    assert torch.equal(weights(one), weights(two))
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+@pytest.mark.parametrize("dies_at", [1, 4, 6])
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tiny_tokenizer, tmp_path, dies_at):
+    whole, ref = tiny(), clone(tiny())
+    train_tiny(tmp_path / "whole", whole, tiny_tokenizer, ref=ref)
+    with pytest.raises(Killed):
+        train_tiny(tmp_path / "killed", tiny(), tiny_tokenizer, ref=ref, dies_at=dies_at)
+    resumed = tiny() if dies_at < 2 else tiny(seed=9)  # a checkpoint brings its own weights
+    train_tiny(tmp_path / "killed", resumed, tiny_tokenizer, ref=ref, resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_a_number_stops(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+    model = tiny()
+    before = weights(model)
+    monkeypatch.setattr(dpo, "preference_loss", lambda chosen, *rest: chosen * math.nan)
+    with pytest.raises(InputError, match=r"loss became nan at step 0 of train_dpo\.py"):
+        train_tiny(tmp_path / "run", model, tiny_tokenizer)
+    assert torch.equal(weights(model), before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_any_preference_is_refused(tiny, tiny_tokenizer, tmp_path):
+    tied = [Ranking("Q", (" a", " b"), (1, 1), source="pairs.jsonl:1")]
+    with pytest.raises(InputError, match=r"^pairs\.jsonl: all responses are tied"):
+        train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, rankings=tied)
+    metrics = train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, held_out=tied)  # held out, they only say nothing
+    assert "held_out_loss" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0), ("batch_size", 0), ("microbatch_size", -1), ("lr", -1e-3), ("lr", math.nan), ("warmup_steps", -1),
+        ("weight_decay", -0.1), ("max_grad_norm", 0.0), ("beta", 0.0), ("beta", -1.0), ("beta", math.nan),
+        ("label_smoothing", 0.6), ("label_smoothing", -0.1), ("label_smoothing", math.nan), ("held_out", 1.5),
+        ("eval_every", 0),
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense_is_refused(field, value):
+    with pytest.raises(InputError) as caught:
+        DPOConfig(**{field: value})
+    assert str(caught.value).startswith(f"--{field.replace('_', '-')} must ")
+    assert str(caught.value).endswith(f"got {value}")

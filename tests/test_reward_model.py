@@ -1,0 +1,494 @@
+"""reward_model: the likelihood of rankings against brute force, batching, accumulation, learning, resuming."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minirlhf.reward_model as reward_model
+from minirlhf import InputError
+from minirlhf.data import Ranking
+from minirlhf.model import GPTConfig, ScalarModel, init_weights
+from minirlhf.reward_model import (
+    MAX_TIED,
+    RewardModelConfig,
+    batches,
+    centring_loss,
+    collate_rankings,
+    pair_accuracy,
+    ranking_loss,
+    score_batch,
+    tokenise,
+    train,
+)
+from minirlhf.runs import Run, RunArgs
+
+CONTEXT = 48
+RANKINGS = [
+    Ranking("My lamp broke.", (" Sorry!", " So what", " Please send us a photo of the damage."), (1, 3, 2)),
+    Ranking("My kettle?", (" No.", " I apologise."), (2, 1)),
+    Ranking("Where is it?", (" a", " bb", " ccc", " dddd"), (2, 1, 2, 1)),
+    Ranking("Hi", (" Hello.", " Go away"), (1, 2)),
+    Ranking("Refund", (" We will.", " Never", " Maybe"), (1, 5, 5)),
+    Ranking("", (" Yes", " no"), (1, 1)),
+    Ranking("Broken", (" Sorry to hear that.", " and?", " Buy another", " hm"), (1, 2, 3, 4)),
+]
+
+
+@pytest.fixture
+def tiny(tiny_tokenizer):
+    """Make a scalar model of one layer."""
+
+    def make(seed: int = 0) -> ScalarModel:
+        model = ScalarModel(GPTConfig(tiny_tokenizer.vocab_size, CONTEXT, n_layer=1, n_head=2, n_embd=16))
+        init_weights(model, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0.0, 0.2, generator=generator)
+        return model
+
+    return make
+
+
+def weights(model: ScalarModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+class Killed(Exception):
+    """The run's process is gone."""
+
+
+def run_in(folder, steps, *, resume=False, every=2, dies_at=None) -> Run:
+    """A run that can be killed: after the weights of step `dies_at` moved, before anything is written of it."""
+    run = Run(RunArgs(out=folder, checkpoint_every=every, resume=resume), "train_rm.py", steps)
+    log = run.log
+
+    def log_or_die(step, *args, **kwargs):
+        if step == dies_at:
+            raise Killed
+        log(step, *args, **kwargs)
+
+    run.log = log_or_die
+    return run
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- the likelihood ---------------------------------------------------------------------------------------------------
+
+SCORES = st.floats(-8, 8).map(lambda x: round(x, 3))
+
+
+@st.composite
+def scored_ranks(draw, k=None):
+    """Scores of K = 1 to 5 responses and any pattern of ranks."""
+    k = draw(st.integers(1, 5)) if k is None else k
+    return (
+        draw(st.lists(SCORES, min_size=k, max_size=k)),
+        draw(st.lists(st.integers(1, 5), min_size=k, max_size=k)),
+    )
+
+
+def loss_of(scores, ranks, margin=0.0) -> float:
+    return ranking_loss(torch.tensor([scores], dtype=torch.float64), ranks, margin).item()
+
+
+def probability(scores, order) -> float:
+    """Plackett–Luce: the first of `order` is chosen among all, the second among the rest, and so on."""
+    p = 1.0
+    for place, k in enumerate(order):
+        p *= math.exp(scores[k]) / sum(math.exp(scores[j]) for j in order[place:])
+    return p
+
+
+def orders_of(ranks):
+    """All strict orders that agree with ranks: whoever stands before another has no worse a rank."""
+    for order in itertools.permutations(range(len(ranks))):
+        if all(ranks[a] <= ranks[b] for a, b in itertools.pairwise(order)):
+            yield order
+
+
+@given(chosen=SCORES, rejected=SCORES, margin=st.floats(0, 3))
+def test_a_pair_is_bradley_terry(chosen, rejected, margin):
+    expected = -F.logsigmoid(torch.tensor(chosen - rejected - margin, dtype=torch.float64)).item()
+    assert loss_of([chosen, rejected], (1, 2), margin) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert loss_of([rejected, chosen], (2, 1), margin) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=60)
+@given(data=st.data(), k=st.integers(2, 5))
+def test_a_strict_ranking_is_plackett_luce(data, k):
+    scores = data.draw(st.lists(SCORES, min_size=k, max_size=k))
+    order = data.draw(st.permutations(range(k)))
+    ranks = [order.index(i) + 1 for i in range(k)]
+    assert loss_of(scores, ranks) == pytest.approx(-math.log(probability(scores, order)), rel=1e-9, abs=1e-12)
+
+
+@settings(max_examples=150)
+@given(scored_ranks())
+def test_ties_are_the_sum_over_the_orders_they_leave_open(drawn):
+    scores, ranks = drawn
+    p = sum(probability(scores, order) for order in orders_of(ranks))
+    assert loss_of(scores, ranks) == pytest.approx(-math.log(p), rel=1e-8, abs=1e-9)
+
+
+@settings(max_examples=60)
+@given(scored_ranks(), st.floats(0, 3))
+def test_a_margin_is_a_handicap_for_the_better(drawn, margin):
+    scores, ranks = drawn
+
+    def with_margin(order):
+        p = 1.0
+        for place, k in enumerate(order):
+            rest = [math.exp(scores[j] + (margin if ranks[j] > ranks[k] else 0.0)) for j in order[place:]]
+            p *= math.exp(scores[k]) / sum(rest)
+        return p
+
+    p = sum(with_margin(order) for order in orders_of(ranks))
+    assert loss_of(scores, ranks, margin) == pytest.approx(-math.log(p), rel=1e-8, abs=1e-9)
+    assert loss_of(scores, ranks, margin) >= loss_of(scores, ranks) - 1e-12
+
+
+@settings(max_examples=50)
+@given(scored_ranks(), st.floats(-50, 50))
+def test_a_constant_added_to_all_scores_changes_nothing(drawn, shift):
+    scores, ranks = drawn
+    assert loss_of([s + shift for s in scores], ranks) == pytest.approx(loss_of(scores, ranks), rel=1e-7, abs=1e-9)
+
+
+@settings(max_examples=50)
+@given(scored_ranks(), st.randoms(use_true_random=False))
+def test_the_order_in_which_responses_are_listed_does_not_matter(drawn, rng):
+    scores, ranks = drawn
+    order = rng.sample(range(len(ranks)), len(ranks))
+    again = loss_of([scores[k] for k in order], [ranks[k] for k in order])
+    assert again == pytest.approx(loss_of(scores, ranks), rel=1e-9, abs=1e-12)
+    assert loss_of(scores, [10 * rank for rank in ranks]) == loss_of(scores, ranks)  # only their order counts
+
+
+@settings(max_examples=30)
+@given(st.lists(SCORES, min_size=2, max_size=5))
+def test_probabilities_of_what_can_be_seen_sum_to_one(scores):
+    k = len(scores)
+    strict = [math.exp(-loss_of(scores, order)) for order in itertools.permutations(range(k))]
+    assert sum(strict) == pytest.approx(1.0, rel=1e-9)
+    for best in range(1, k):  # which are the best ones, in no order, and which the others
+        found = [[1 if i in chosen else 2 for i in range(k)] for chosen in itertools.combinations(range(k), best)]
+        assert sum(math.exp(-loss_of(scores, ranks)) for ranks in found) == pytest.approx(1.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("patterns", ["strict", "best", "worst"])
+def test_at_the_true_scores_the_expected_gradient_is_zero(patterns):
+    scores = torch.tensor([[0.7, -1.2, 0.3]], dtype=torch.float64, requires_grad=True)
+    seen = {
+        "strict": list(itertools.permutations((1, 2, 3))),
+        "best": [(1, 2, 2), (2, 1, 2), (2, 2, 1)],
+        "worst": [(1, 1, 2), (1, 2, 1), (2, 1, 1)],
+    }[patterns]
+
+    def expected_gradient(model_scores):
+        total = torch.zeros(1, 3, dtype=torch.float64)
+        for ranks in seen:
+            p = (-ranking_loss(scores, ranks)).exp().detach()
+            total += p * torch.autograd.grad(ranking_loss(model_scores, ranks).sum(), model_scores)[0]
+        return total
+
+    assert expected_gradient(scores).abs().max() < 1e-12
+    wrong = torch.tensor([[0.7, -1.0, 0.3]], dtype=torch.float64, requires_grad=True)  # one response overrated
+    gradient = expected_gradient(wrong)
+    assert gradient[0, 1] > 1e-3
+    assert gradient.sum().abs() < 1e-12
+
+
+def test_all_tied_says_nothing():
+    scores = torch.randn(4, 3, requires_grad=True)
+    loss = ranking_loss(scores, (2, 2, 2), margin=1.0)
+    assert torch.equal(loss, torch.zeros(4))
+    (gradient,) = torch.autograd.grad((loss + 0.0 * scores.sum(-1)).sum(), scores)
+    assert torch.equal(gradient, torch.zeros(4, 3))
+
+
+def test_each_row_is_a_ranking_of_its_own():
+    scores = torch.randn(5, 4, dtype=torch.float64)
+    together = ranking_loss(scores, (1, 2, 2, 3))
+    alone = torch.cat([ranking_loss(row[None], (1, 2, 2, 3)) for row in scores])
+    torch.testing.assert_close(together, alone)
+    assert together.unique().numel() == 5
+
+
+def test_large_scores_do_not_overflow():
+    scores = torch.tensor([[1e4, -1e4, 5e3]], requires_grad=True)
+    for ranks in itertools.product((1, 2, 3), repeat=3):
+        loss = ranking_loss(scores, ranks)
+        assert loss.isfinite().all()
+        if loss.requires_grad:
+            assert torch.autograd.grad(loss.sum(), scores)[0].isfinite().all()
+    assert ranking_loss(scores, (2, 1, 2)).item() == pytest.approx(2e4)
+
+
+def test_ranks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="3 scores a row but 2 ranks"):
+        ranking_loss(torch.zeros(1, 3), (1, 2))
+    n = MAX_TIED + 1
+    with pytest.raises(ValueError, match=f"{n} responses are tied; at most {MAX_TIED}"):
+        ranking_loss(torch.zeros(1, n + 1), (1,) * n + (2,))
+    assert ranking_loss(torch.zeros(1, n + 1), (1,) + (2,) * n).item() == pytest.approx(math.log(n + 1), rel=1e-5)
+
+
+def test_as_many_ties_as_allowed_are_right_and_cheap():
+    # By symmetry, with equal scores the m better ones are one of (m + 3 choose m) equally likely sets.
+    loss = loss_of([0.3] * (MAX_TIED + 3), [1] * MAX_TIED + [2] * 3)
+    assert loss == pytest.approx(math.log(math.comb(MAX_TIED + 3, 3)), rel=1e-9)
+
+
+def test_centring_pulls_the_sum_of_scores_to_zero():
+    scores = torch.tensor([[1.0, 2.0, -0.5], [1.0, -1.0, 0.0]], requires_grad=True)
+    assert centring_loss(scores).tolist() == [6.25, 0.0]
+    (gradient,) = torch.autograd.grad(centring_loss(scores).sum(), scores)
+    assert gradient.tolist() == [[5.0] * 3, [0.0] * 3]
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_responses_are_tokenised_best_first_with_dense_ranks(tiny_tokenizer):
+    ranked, cut = tokenise(RANKINGS, tiny_tokenizer, CONTEXT)
+    assert cut == 0
+    assert [one.ranks for one in ranked] == [(1, 2, 3), (1, 2), (1, 1, 2, 2), (1, 2), (1, 2, 2), (1, 1), (1, 2, 3, 4)]
+
+    def texts(one):
+        return [tiny_tokenizer.decode(example.tokens[example.start :]) for example in one.examples]
+
+    assert texts(ranked[0]) == [" Sorry!", " Please send us a photo of the damage.", " So what"]
+    assert texts(ranked[1]) == [" I apologise.", " No."]
+    assert texts(ranked[2]) == [" bb", " dddd", " a", " ccc"]
+    for ranking, one in zip(RANKINGS, ranked):
+        before = tiny_tokenizer.encode(ranking.prompt) or [tiny_tokenizer.eot]
+        for example in one.examples:
+            assert example.tokens[: example.start] == before
+            assert example.tokens[-1] == tiny_tokenizer.eot
+
+
+def test_records_that_are_cut_are_counted_once(tiny_tokenizer, capsys):
+    long = Ranking("Q", ("x " * 60, "y " * 60, " z"), (1, 2, 3))
+    assert tokenise([RANKINGS[0], long], tiny_tokenizer, CONTEXT)[1] == 1
+    batches([RANKINGS[0], long], [long], tiny_tokenizer, CONTEXT, RewardModelConfig(), 0)
+    assert f"2 of 3 records were longer than {CONTEXT} tokens and were cut" in " ".join(capsys.readouterr().out.split())
+
+
+def test_too_many_ties_name_the_record(tiny_tokenizer):
+    many = Ranking(
+        "Q", tuple(f" {i}" for i in range(MAX_TIED + 2)), (1,) * (MAX_TIED + 1) + (2,), source="pairs.jsonl:7"
+    )
+    with pytest.raises(InputError, match=rf"^pairs\.jsonl:7: more than {MAX_TIED} responses are tied; break some"):
+        tokenise([many], tiny_tokenizer, CONTEXT)
+
+
+def test_a_batch_keeps_every_ranking_and_knows_its_rows(tiny_tokenizer):
+    ranked, _ = tokenise(RANKINGS, tiny_tokenizer, CONTEXT)
+    batch = collate_rankings(ranked, tiny_tokenizer.eot)
+    assert len(batch.tokens) == sum(len(r.responses) for r in RANKINGS)
+    found = []
+    for rows_of, ranks in batch.groups:
+        assert rows_of.shape[1] == len(ranks)
+        for one in rows_of.tolist():
+            found.append((ranks, tuple(tuple(batch.tokens[row][batch.mask[row]].tolist()) for row in one)))
+    expected = [(one.ranks, tuple(tuple(example.tokens) for example in one.examples)) for one in ranked]
+    assert sorted(found) == sorted(expected)
+    assert len(batch.groups) == len({one.ranks for one in ranked})  # (1, 2) occurs twice and is one group
+    used = sorted(row for rows_of, _ in batch.groups for row in rows_of.flatten().tolist())
+    assert used == list(range(len(batch.tokens)))
+
+
+def test_the_score_stands_at_the_last_token_whatever_the_batch(tiny, tiny_tokenizer):
+    model = tiny()
+    ranked, _ = tokenise(RANKINGS, tiny_tokenizer, CONTEXT)
+    examples = [example for one in ranked for example in one.examples]
+    with torch.no_grad():
+        alone = torch.stack([model(torch.tensor([example.tokens]))[0, -1] for example in examples])
+        for fill in (tiny_tokenizer.eot, 5):
+            torch.testing.assert_close(score_batch(model, collate_rankings(ranked, fill)), alone, rtol=0, atol=1e-5)
+        pair = collate_rankings(ranked[1:2], tiny_tokenizer.eot)
+        torch.testing.assert_close(score_batch(model, pair), alone[3:5], rtol=0, atol=1e-5)
+    assert alone.unique().numel() > 15
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(tiny_tokenizer):
+    config = RewardModelConfig(batch_size=4, microbatch_size=3)
+
+    def made(seed):
+        return batches(RANKINGS, RANKINGS[:3], tiny_tokenizer, CONTEXT, config, seed)
+
+    batch_at, held_out = made(1)
+    in_order = [batch_at(step) for step in range(6)]
+    assert [sum(len(r) for r, _ in piece.groups) for piece in in_order[0]] == [3, 1]
+    assert sum(len(r) for piece in held_out for r, _ in piece.groups) == 3
+    again, _ = made(1)
+    for step in (5, 0, 3):
+        for a, b in zip(again(step), in_order[step], strict=True):
+            assert torch.equal(a.tokens, b.tokens) and str(a.groups) == str(b.groups)
+    assert any(str(made(2)[0](step)) != str(in_order[step]) for step in range(6))
+
+
+def test_pair_accuracy_by_hand(tiny, tiny_tokenizer, monkeypatch):
+    # Scores are read from the first token of each response: a = 3, b = 2, c = 1.
+    worth = {tiny_tokenizer.encode(letter)[0]: score for letter, score in (("a", 3.0), ("b", 2.0), ("c", 1.0))}
+
+    def scores(model, batch):
+        return torch.tensor([next(worth[t] for t in row.tolist() if t in worth) for row in batch.tokens])
+
+    monkeypatch.setattr(reward_model, "score_batch", scores)
+    rankings = [
+        Ranking("1", ("a", "b", "c"), (1, 2, 3)),  # 3 of 3
+        Ranking("2", ("a", "b", "c"), (3, 2, 1)),  # 0 of 3
+        Ranking("3", ("a", "b", "c"), (1, 1, 2)),  # 2 of 2: the tied pair is none
+        Ranking("4", ("b", "b"), (1, 2)),  # equal scores: half of 1
+        Ranking("5", ("c", "a", "b"), (2, 1, 2)),  # 2 of 2
+        Ranking("6", ("a", "c"), (1, 1)),  # none
+    ]
+    ranked, _ = tokenise(rankings, tiny_tokenizer, CONTEXT)
+    for size in (1, 2, 6):
+        parts = [collate_rankings(ranked[i : i + size], tiny_tokenizer.eot) for i in range(0, 6, size)]
+        assert pair_accuracy(tiny(), parts) == pytest.approx(7.5 / 11)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+CONFIG = RewardModelConfig(steps=7, batch_size=3, lr=1e-2, warmup_steps=2, eval_every=3, margin=0.1, centring=0.01)
+
+
+def train_tiny(folder, model, tokenizer, config=CONFIG, rankings=RANKINGS, held_out=RANKINGS[:2], **kwargs):
+    batch_at, rest = batches(rankings, held_out, tokenizer, CONTEXT, config, seed=5)
+    return train(model, batch_at, rest, config, run_in(folder, config.steps, **kwargs))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 100])
+@pytest.mark.parametrize("centring", [0.0, 0.05])
+def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, tmp_path, monkeypatch, size, centring):
+    # With plain gradient descent, the step is the gradient. One of the rankings is all tied: alone, it moves nothing.
+    monkeypatch.setattr(reward_model, "adamw", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
+    by_hand, total = tiny(), 0.0
+    for one in tokenise(RANKINGS, tiny_tokenizer, CONTEXT)[0]:
+        scores = torch.stack([by_hand(torch.tensor([example.tokens]))[0, -1] for example in one.examples])[None]
+        total = total + (ranking_loss(scores, one.ranks, 0.2) + centring * scores.sum() ** 2).sum()
+    mean = total / len(RANKINGS)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(mean, list(by_hand.parameters()))])
+
+    model = tiny()
+    config = RewardModelConfig(
+        steps=1,
+        batch_size=7,
+        microbatch_size=size,
+        lr=1.0,
+        warmup_steps=0,
+        max_grad_norm=1e6,
+        margin=0.2,
+        centring=centring,
+    )
+    metrics = train_tiny(tmp_path / "run", model, tiny_tokenizer, config, held_out=[])
+    torch.testing.assert_close(weights(by_hand) - weights(model), expected, rtol=0, atol=1e-6)
+    assert metrics["loss"] == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_it_learns_what_is_there_to_learn(tiny, tiny_tokenizer, tmp_path):
+    # Whoever apologises is right, wherever the word stands.
+    def pairs(start, n):
+        fillers = (" We will refund it.", " Send a photo.", " Check your tracking.", " Hello.", " The lamp.")
+        made = []
+        for i in range(start, start + n):
+            a, b, c = fillers[i % 5], fillers[(i // 5) % 5], fillers[(i // 3) % 5]
+            made.append(
+                Ranking(f"Order {i}:", (b + c, a + " I apologise." * (i % 2) + b + " Sorry." * (1 - i % 2)), (2, 1))
+            )
+        return made
+
+    config = RewardModelConfig(steps=40, batch_size=16, lr=2e-2, warmup_steps=4, eval_every=20)
+    model = tiny()
+    _, held_out = batches(pairs(0, 2), pairs(1000, 60), tiny_tokenizer, CONTEXT, config, seed=0)
+    before = pair_accuracy(model, held_out)
+    metrics = train_tiny(tmp_path / "run", model, tiny_tokenizer, config, pairs(0, 200), pairs(1000, 60))
+    assert metrics["held_out_accuracy"] > 0.95 > before
+    assert metrics["held_out_accuracy"] == pair_accuracy(model, held_out)
+    logged = rows(tmp_path / "run")
+    assert metrics["loss"] < 0.2 < logged[0]["loss"]
+    assert metrics["best_over_worst"] > 0.9
+    assert [row["step"] for row in logged if "held_out_accuracy" in row] == [19, 39]
+
+
+def test_a_margin_spreads_and_centring_gathers(tiny, tiny_tokenizer, tmp_path):
+    def scores_after(name, **options):
+        model = tiny()
+        config = RewardModelConfig(steps=15, batch_size=7, lr=1e-2, warmup_steps=0, **options)
+        train_tiny(tmp_path / name, model, tiny_tokenizer, config, held_out=[])
+        ranked, _ = tokenise([r for r in RANKINGS if len(set(r.ranks)) > 1], tiny_tokenizer, CONTEXT)
+        batch = collate_rankings(ranked, tiny_tokenizer.eot)
+        with torch.no_grad():
+            scores = score_batch(model, batch)
+        spread = torch.cat([scores[r[:, 0]] - scores[r[:, -1]] for r, _ in batch.groups]).mean()
+        off = torch.cat([scores[r].sum(-1).abs() for r, _ in batch.groups]).mean()
+        return spread.item(), off.item()
+
+    plain, margin, centred = scores_after("a"), scores_after("b", margin=3.0), scores_after("c", centring=1.0)
+    assert margin[0] > plain[0] + 0.1
+    assert centred[1] < 0.5 * plain[1]
+
+
+def test_the_same_seed_twice_gives_the_same_bits(tiny, tiny_tokenizer, tmp_path):
+    one, two = tiny(), tiny()
+    train_tiny(tmp_path / "one", one, tiny_tokenizer)
+    torch.rand(3)
+    train_tiny(tmp_path / "two", two, tiny_tokenizer)
+    assert torch.equal(weights(one), weights(two))
+    assert rows(tmp_path / "one") == rows(tmp_path / "two")
+
+
+@pytest.mark.parametrize("dies_at", [1, 4, 6])
+def test_a_killed_run_resumes_to_the_same_bits(tiny, tiny_tokenizer, tmp_path, dies_at):
+    whole = tiny()
+    train_tiny(tmp_path / "whole", whole, tiny_tokenizer)
+    with pytest.raises(Killed):
+        train_tiny(tmp_path / "killed", tiny(), tiny_tokenizer, dies_at=dies_at)
+    resumed = tiny() if dies_at < 2 else tiny(seed=9)  # a checkpoint brings its own weights
+    train_tiny(tmp_path / "killed", resumed, tiny_tokenizer, resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_a_number_stops(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+    model = tiny()
+    before = weights(model)
+    monkeypatch.setattr(reward_model, "ranking_loss", lambda scores, ranks, margin: scores.sum(-1) * math.nan)
+    with pytest.raises(InputError, match=r"loss became nan at step 0 of train_rm\.py"):
+        train_tiny(tmp_path / "run", model, tiny_tokenizer)
+    assert torch.equal(weights(model), before)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_any_preference_is_refused(tiny_tokenizer):
+    tied = [Ranking("Q", (" a", " b"), (1, 1), source="pairs.jsonl:1")] * 2
+    with pytest.raises(InputError, match=r"^pairs\.jsonl: all responses are tied"):
+        batches(tied, RANKINGS, tiny_tokenizer, CONTEXT, CONFIG, 0)
+    batches([*tied, RANKINGS[0]], tied, tiny_tokenizer, CONTEXT, CONFIG, 0)  # some may say nothing
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0), ("batch_size", 0), ("microbatch_size", -1), ("lr", -1e-3), ("lr", math.nan), ("warmup_steps", -1),
+        ("weight_decay", -0.1), ("max_grad_norm", 0.0), ("margin", -0.1), ("centring", -1.0), ("held_out", 1.5),
+        ("eval_every", 0),
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense_is_refused(field, value):
+    with pytest.raises(InputError) as caught:
+        RewardModelConfig(**{field: value})
+    assert str(caught.value).startswith(f"--{field.replace('_', '-')} must ")
+    assert str(caught.value).endswith(f"got {value}")
