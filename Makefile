@@ -14,14 +14,26 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# `make demo QUICK=1` runs the same commands for a few steps: it shows that they work, not what they can do.
+ifdef QUICK
+PRETRAIN := --steps 30
+SFT := --steps 30
+RM := --steps 20
+PPO := --steps 3
+DPO := --steps 10
+EVALUATE := --n 32
+else
+PRETRAIN := --steps 650
+endif
+
 # Each command is printed before it runs, so that you can run it alone afterwards.
 demo: install
-	$(BIN)/python train_sft.py --data helpdesk:corpus --out $(RUNS)/pretrain --seed $(SEED) --overwrite
-	$(BIN)/python train_sft.py --init $(RUNS)/pretrain --out $(RUNS)/sft --seed $(SEED) --overwrite
-	$(BIN)/python train_rm.py --init $(RUNS)/sft --out $(RUNS)/rm --seed $(SEED) --overwrite
-	$(BIN)/python train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm --out $(RUNS)/ppo --seed $(SEED) --overwrite
-	$(BIN)/python train_dpo.py --init $(RUNS)/sft --out $(RUNS)/dpo --seed $(SEED) --overwrite
-	$(BIN)/python -m minirlhf.evaluate $(RUNS)/ppo $(RUNS)/dpo --baseline $(RUNS)/sft --reward $(RUNS)/rm --out $(RUNS)/report
+	$(BIN)/python train_sft.py --data helpdesk:corpus --lr 4e-3 $(PRETRAIN) --out $(RUNS)/pretrain --seed $(SEED) --overwrite
+	$(BIN)/python train_sft.py --init $(RUNS)/pretrain $(SFT) --out $(RUNS)/sft --seed $(SEED) --overwrite
+	$(BIN)/python train_rm.py --init $(RUNS)/sft $(RM) --out $(RUNS)/rm --seed $(SEED) --overwrite
+	$(BIN)/python train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm $(PPO) --out $(RUNS)/ppo --seed $(SEED) --overwrite
+	$(BIN)/python train_dpo.py --init $(RUNS)/sft $(DPO) --out $(RUNS)/dpo --seed $(SEED) --overwrite
+	$(BIN)/python -m minirlhf.evaluate $(RUNS)/ppo $(RUNS)/dpo --baseline $(RUNS)/sft --reward $(RUNS)/rm $(EVALUATE) --out $(RUNS)/report --seed $(SEED)
 
 test: install
 	$(BIN)/python -m pytest

@@ -14,7 +14,7 @@ from minirlhf.data import Ranking, expect, read_records, split_held_out
 from minirlhf.dpo import DPOConfig, train
 from minirlhf.generate import encode_prompt, sample_texts
 from minirlhf.model import clone
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, show_samples
+from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def main(args: Args) -> None:
     room = policy.config.n_positions - 48
     prompts = [r.prompt for r in held_out if len(encode_prompt(tokenizer, r.prompt)) <= room][:3]
     drawn = sample_texts(policy, tokenizer, prompts, 48, args.seed, kernel=args.kernel)
-    show_samples("samples", [{"prompt": p, "response": tokenizer.decode(r)} for p, r in zip(prompts, drawn)])
+    run.samples(args.config.steps, [{"prompt": p, "response": tokenizer.decode(r)} for p, r in zip(prompts, drawn)])
     run.finish(policy, tokenizer)
 
 
 def read_data(args: Args) -> tuple[list[Ranking], list[Ranking]]:
     """Rankings to train on and rankings held out, which share no prompt."""
     if args.data == "helpdesk":
-        return helpdesk.rankings(args.n, args.seed), helpdesk.rankings(200, args.seed, held_out=True)
+        return helpdesk.rankings(args.n, args.seed), helpdesk.rankings(100, args.seed, held_out=True)
     records = expect(read_records(args.data), (Ranking,), args.data, "train_dpo.py")
     return split_held_out(records, args.config.held_out, args.seed)
 

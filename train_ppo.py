@@ -28,6 +28,8 @@ class Args(RunArgs):
 
     out: Path = Path("runs/ppo")
     """The run's folder."""
+    checkpoint_every: int = 5
+    """Rollouts between checkpoints."""
     prompts: str = "helpdesk"
     """A file of records, whose prompts are used, or helpdesk."""
     init: str = "runs/sft"
@@ -64,6 +66,7 @@ def main(args: Args) -> None:
     reward = load_reward(args.reward, device, policy_tokenizer=tokenizer, policy_folder=args.init)
     prompts = tokenise(args, texts, tokenizer, policy)
     ref = clone(policy)
+    require_room(args, prompts, reward)
     critic = make_critic(args, policy, reward)
     gold = GoldJudge() if args.prompts == "helpdesk" and args.reward != "gold" else None
 
@@ -100,7 +103,8 @@ def tokenise(args: Args, texts: list[tuple[str, str]], tokenizer: Tokenizer, pol
             if not args.skip_long_prompts:
                 raise InputError(
                     f"{source}: a prompt of {len(tokens)} tokens and a response of {response} exceed the context of "
-                    f"{context}; shorten it, lower --response-tokens, or leave such prompts out with --skip-long-prompts"
+                    f"{context}; shorten it, lower --response-tokens, or leave such prompts out with "
+                    "--skip-long-prompts"
                 )
             skipped += 1
         else:
@@ -112,8 +116,20 @@ def tokenise(args: Args, texts: list[tuple[str, str]], tokenizer: Tokenizer, pol
     return kept
 
 
+def require_room(args: Args, prompts: list[list[int]], reward: Reward) -> None:
+    """A reward model has to read the longest prompt with the longest response: better to know before the first step."""
+    if not isinstance(reward, RewardModelScorer):
+        return
+    context, prompt, response = reward.model.config.n_positions, max(map(len, prompts)), args.config.response_range[1]
+    if prompt + response > context:
+        raise InputError(
+            f"{args.reward}: this reward model reads {context} tokens, too few for a prompt of {prompt} and a response "
+            f"of {response}; lower --response-tokens, shorten the prompts, or train it with a longer context"
+        )
+
+
 def prompts_at(args: Args, prompts: list[list[int]], step: int) -> list[list[int]]:
-    """The prompts of a step, a pure function of the step; with --prompt-tokens, cut to a length drawn from the range."""
+    """The prompts of a step, a pure function of the step; with --prompt-tokens, cut to a length from the range."""
     generator = seeded(args.seed, step, 0)
     count = args.config.batch_size // args.config.responses_per_prompt
     chosen = torch.randint(len(prompts), (count,), generator=generator).tolist()
@@ -125,8 +141,8 @@ def prompts_at(args: Args, prompts: list[list[int]], step: int) -> list[list[int
 
 
 def make_critic(args: Args, policy: GPT, reward: Reward) -> ScalarModel:
-    """Separate: starts as the reward model, which already knows what is coming (Stiennon et al. 2020, section 3.4), or as
-    the policy's trunk under a head of zeros. Shared: a head of zeros on the policy itself."""
+    """Separate: starts as the reward model, which already knows what is coming (Stiennon et al. 2020, section 3.4), or
+    as the policy's trunk under a head of zeros. Shared: a head of zeros on the policy itself."""
     if args.config.critic == "shared":
         critic = ScalarModel(policy.config, trunk=policy)
     elif isinstance(reward, RewardModelScorer):

@@ -7,6 +7,7 @@ Records: {"prompt", "responses", "ranking"}, {"prompt", "chosen", "rejected"}, w
 or {"text", "label"} (every text labelled 1 is preferred to every text labelled 0).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Args(RunArgs):
     init: str = "runs/sft"
     """The run, or GPT-2 folder, whose trunk is trained on."""
     config: RewardModelConfig = RewardModelConfig()
-    n: int = 3000
+    n: int = 8400
     """Rankings drawn from the embedded world; pairs drawn from labelled texts are twice the larger class."""
 
     def __post_init__(self):
@@ -54,7 +55,7 @@ def main(args: Args) -> None:
     )
     console.print(f"{len(rankings):,} rankings of {args.data}, {len(held_out):,} held out")
     metrics = train(model, batch_at, held_out_batches, args.config, run, dtype=args.dtype)
-    if "held_out_accuracy" in metrics:
+    if metrics.get("held_out_accuracy", math.nan) >= 0:  # NaN: no pair held out is strictly ordered
         note = f"  held-out pair accuracy {metrics['held_out_accuracy']:.3f}"
         if args.data == "helpdesk":
             note += f"; a perfect judge, given the annotators' noise: {helpdesk.noise_ceiling(held_out):.3f}"

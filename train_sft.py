@@ -4,17 +4,18 @@
     python train_sft.py --data book.txt --out runs/book                   pre-train on your text
     python train_sft.py --data mine.jsonl --init runs/book --out runs/mine    then fine-tune on your demonstrations
 
-Records: {"text"} counts every token, {"prompt", "response"} and {"messages"} count the response.
+Records: {"text"} counts every token, {"prompt", "response"} and {"messages"} count the response; of rankings and pairs,
+the best response is learnt.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from minirlhf import helpdesk
-from minirlhf.data import Demonstration, Text, expect, read_records
+from minirlhf.data import Demonstration, Ranking, Text, expect, read_records
 from minirlhf.generate import encode_prompt, sample_texts
 from minirlhf.model import GPT, GPTConfig, init_weights
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, show_samples
+from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device
 from minirlhf.sft import SFTConfig, batches, train
 from minirlhf.tokenizer import Tokenizer
 
@@ -28,17 +29,18 @@ class Args(RunArgs):
     data: str = "helpdesk"
     """A file of records; helpdesk (the embedded world's demonstrations) or helpdesk:corpus (its plain text)."""
     init: str | None = None
-    """Start from this run or GPT-2 folder. Without it: fresh weights; for helpdesk, runs/pretrain."""
+    """Start from this run, or any folder in Hugging Face's GPT-2 format. Without it: fresh weights; for helpdesk,
+    runs/pretrain."""
     config: SFTConfig = SFTConfig()
-    n: int = 4000
+    n: int = 8000
     """Records drawn from the embedded world."""
     tokenizer: str = "train"
     """For fresh weights: train (on the data), gpt2, or a folder with a tokenizer.json."""
-    vocab_size: int = 512
+    vocab_size: int = 1024
     """For a trained tokenizer: ids, 256 bytes and end-of-text included."""
     n_positions: int = 128
     """For fresh weights: the context in tokens."""
-    n_layer: int = 4
+    n_layer: int = 2
     """For fresh weights: blocks."""
     n_head: int = 4
     """For fresh weights: attention heads."""
@@ -59,7 +61,7 @@ def main(args: Args) -> None:
     records = read_data(args)
     if args.init is None and args.data == "helpdesk":
         init = ensure_run(Path("runs/pretrain"), "train_sft.py", "--data", "helpdesk:corpus", "--out", "runs/pretrain",
-                          "--seed", str(args.seed))  # fmt: skip
+                          "--steps", "650", "--lr", "4e-3", "--seed", str(args.seed))  # fmt: skip
     else:
         init = args.init
     if init is not None:
@@ -89,7 +91,7 @@ def main(args: Args) -> None:
     drawn = sample_texts(
         model, tokenizer, prompts, min(48, model.config.n_positions - 1), args.seed, kernel=args.kernel
     )
-    show_samples("samples", [{"prompt": p, "response": tokenizer.decode(r)} for p, r in zip(prompts, drawn)])
+    run.samples(args.config.steps, [{"prompt": p, "response": tokenizer.decode(r)} for p, r in zip(prompts, drawn)])
     run.finish(model, tokenizer)
 
 
@@ -101,7 +103,10 @@ def read_data(args: Args) -> list[Text] | list[Demonstration]:
         return [Text(text) for text in helpdesk.corpus(args.n, args.seed)]
     records = read_records(args.data)
     expect(records, (type(records[0]),), args.data, "train_sft.py (which takes one kind of record at a time)")
-    return expect(records, (Text, Demonstration), args.data, "train_sft.py")
+    expect(records, (Text, Demonstration, Ranking), args.data, "train_sft.py")
+    if isinstance(records[0], Ranking):  # of what people compared, learn the response they liked best
+        return [Demonstration(r.prompt, r.responses[r.ranks.index(min(r.ranks))], r.source) for r in records]
+    return records
 
 
 def make_tokenizer(args: Args, records: list) -> Tokenizer:

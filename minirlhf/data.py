@@ -527,3 +527,40 @@ def collate(examples: Sequence[Example], fill: int) -> Batch:
     position = torch.arange(longest)
     mask = position < torch.tensor([len(example.tokens) for example in examples])[:, None]
     return Batch(tokens, mask, mask & (position >= torch.tensor([example.start for example in examples])[:, None]))
+
+
+class Packed(NamedTuple):
+    """Sequences that begin alike, several in a row: what they share stands there, and is computed, once."""
+
+    tokens: Int[Tensor, "B T"]
+    positions: Int[Tensor, "B T"]  # of each token in its own sequence
+    attend: Bool[Tensor, "B 1 T T"]  # True where a token (third axis) may look (fourth): back along its own sequence
+    ends: Int[Tensor, " N"]  # where the sequences' last tokens stand in the flattened (B·T)
+
+
+def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
+    """Lay out each group of examples in one row: their common beginning, then the rest of each, one after another.
+
+    A token attends to the common beginning and to its own sequence, at the positions it would have alone, so that its
+    state is the one it would have in a row of its own, at the cost of one prompt instead of K.
+
+    Args:
+        groups: B groups of examples, N in all, usually responses to one prompt.
+        fill: id for the padding on the right.
+    """
+    rows, ends = [], []
+    for group in groups:
+        sequences = [example.tokens for example in group]
+        # Each keeps a last token of its own, even one with which another goes on.
+        differ = (at for at, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1)
+        shared = next(differ, min(map(len, sequences)) - 1)
+        row = [(token, at, 0) for at, token in enumerate(sequences[0][:shared])]
+        for k, sequence in enumerate(sequences, start=1):
+            row += [(token, at, k) for at, token in enumerate(sequence[shared:], start=shared)]
+            ends.append((len(rows), len(row) - 1))
+        rows.append(row)
+    width = max(map(len, rows))
+    table = torch.tensor([row + [(fill, 0, -1)] * (width - len(row)) for row in rows])  # (B, T, 3)
+    tokens, positions, part = table.unbind(-1)
+    looks = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
+    return Packed(tokens, positions, looks.tril()[:, None], torch.tensor([b * width + t for b, t in ends]))

@@ -1,7 +1,7 @@
 """DPO: learn from preferences directly, without a reward model and without sampling.
 
-The KL-regularised optimum is π*(y|x) ∝ π_ref(y|x) e^{r(x,y)/β}. Solved for the reward, r = β log π*/π_ref + const(x), and
-put into Bradley & Terry's model of preferences, it turns the policy itself into the reward model:
+The KL-regularised optimum is π*(y|x) ∝ π_ref(y|x) e^{r(x,y)/β}. Solved for the reward, r = β log π*/π_ref + const(x),
+and put into Bradley & Terry's model of preferences, it turns the policy itself into the reward model:
 
     L = -log σ( β [log π(y_w|x)/π_ref(y_w|x) - log π(y_l|x)/π_ref(y_l|x)] )
 
@@ -37,13 +37,13 @@ Loss = Literal["sigmoid", "ipo", "hinge"]
 class DPOConfig:
     """How to run DPO."""
 
-    steps: int = 150
+    steps: int = 240
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Pairs a step."""
-    microbatch_size: int = 0
+    microbatch_size: int = 16
     """Pairs in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
-    lr: float = 3e-4
+    lr: float = 1.5e-4
     """Peak learning rate."""
     warmup_steps: int = 10
     """Steps until the peak; from there half a cosine down to a tenth."""
@@ -51,17 +51,20 @@ class DPOConfig:
     """AdamW's, on matrices only."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    beta: float = 0.1
+    beta: float = 0.2
     """β, the price of a nat of KL: smaller moves further from the reference."""
     loss: Loss = "sigmoid"
     """sigmoid (DPO), ipo or hinge."""
-    label_smoothing: float = 0.0
-    """sigmoid: the share of labels taken to be wrong (cDPO)."""
+    pairs: Literal["all", "best"] = "all"
+    """Of a ranking: all its strictly ordered pairs, or the best response against each worse one."""
+    label_smoothing: float | None = None
+    """The share of labels taken to be wrong (cDPO). For sigmoid, which alone knows of it, 0.1 unless another is given:
+    people disagree, and 0 would trust every one of them."""
     average: bool = False
     """Average log-probs over the response's tokens instead of summing them (for IPO)."""
     held_out: float = 0.05
     """Share of the records kept for the held-out accuracy."""
-    eval_every: int = 50
+    eval_every: int = 120
     """Steps between held-out accuracies."""
 
     def __post_init__(self):
@@ -70,8 +73,17 @@ class DPOConfig:
         check_at_least(0, weight_decay=self.weight_decay)
         check_positive(lr=self.lr, max_grad_norm=self.max_grad_norm, beta=self.beta)
         check_share(held_out=self.held_out)
-        if not 0 <= self.label_smoothing <= 0.5:
+        if not 0 <= self.smoothing <= 0.5:
             raise InputError(f"--label-smoothing must lie between 0 and 0.5, got {self.label_smoothing}")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise InputError(f"--label-smoothing is not for --loss {self.loss}; use --loss sigmoid or leave it out")
+
+    @property
+    def smoothing(self) -> float:
+        """ε of the loss."""
+        if self.label_smoothing is None:
+            return 0.1 if self.loss == "sigmoid" else 0.0
+        return self.label_smoothing
 
 
 # --- equations --------------------------------------------------------------------------------------------------------
@@ -136,6 +148,11 @@ class PairExamples(NamedTuple):
     rejected: Example
 
 
+def pair_length(pair: PairExamples) -> int:
+    """Tokens of the longer one: what a row of the pair's batch costs."""
+    return max(len(pair.chosen.tokens), len(pair.rejected.tokens))
+
+
 class Pairs(NamedTuple):
     """B pairs in one batch of 2B rows, so that one forward pass serves both: the chosen, then the rejected."""
 
@@ -144,13 +161,16 @@ class Pairs(NamedTuple):
     index: list[int]  # which pair of the data each is, for the reference's cached log-probs
 
 
-def pairs_of(rankings: Sequence[Ranking]) -> list[tuple[str, str, str]]:
-    """All strictly ordered (prompt, chosen, rejected) of some rankings; ties make no pair."""
+def pairs_of(rankings: Sequence[Ranking], which: Literal["all", "best"] = "all") -> list[tuple[str, str, str]]:
+    """(prompt, chosen, rejected) of some rankings: all strictly ordered pairs, or the best against each worse one.
+
+    Ties make no pair.
+    """
     return [
         (r.prompt, *((r.responses[i], r.responses[j]) if r.ranks[i] < r.ranks[j] else (r.responses[j], r.responses[i])))
         for r in rankings
         for i, j in combinations(range(len(r.ranks)), 2)
-        if r.ranks[i] != r.ranks[j]
+        if r.ranks[i] != r.ranks[j] and (which == "all" or min(r.ranks) in (r.ranks[i], r.ranks[j]))
     ]
 
 
@@ -184,7 +204,7 @@ def with_reference(
 ) -> PairData:
     """Run the reference once over all pairs; it never changes, so its log-probs are kept."""
     device = ref.wte.weight.device
-    order = sorted(range(len(examples)), key=lambda i: max(map(lambda e: len(e.tokens), examples[i])))
+    order = sorted(range(len(examples)), key=lambda i: pair_length(examples[i]))
     logps = torch.zeros(len(examples), 2)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
@@ -206,9 +226,7 @@ def pair_metrics(
     both = sequence_logps(model, batch.tokens.to(device), batch.counted.to(device), config.average, kernel).float()
     chosen, rejected = both.chunk(2)  # (B,)
     ref_chosen, ref_rejected = data.ref_logps[batch.index].to(device).unbind(1)
-    losses = preference_loss(
-        chosen, rejected, ref_chosen, ref_rejected, config.beta, config.loss, config.label_smoothing
-    )
+    losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.loss, config.smoothing)
     chosen_reward, rejected_reward = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
     margin = (chosen_reward - rejected_reward).detach()
     return losses, {
@@ -238,19 +256,24 @@ def train(
     """Train `model` in place on every strictly ordered pair; return the last step's metrics."""
     device = model.wte.weight.device
     context, size = model.config.n_positions, config.microbatch_size or config.batch_size
-    examples, cut = tokenise(pairs_of(train_rankings), tokenizer, context)
-    rest, cut_rest = tokenise(pairs_of(held_out), tokenizer, context)
-    if not examples:
+    pairs, held_out_pairs = pairs_of(train_rankings, config.pairs), pairs_of(held_out)
+    if not pairs:
         where = train_rankings[0].source.rpartition(":")[0] if train_rankings else ""
         raise InputError(f"{where or 'the rankings'}: all responses are tied; add some that are better than others")
-    console.print(f"{len(examples):,} pairs, {len(rest):,} held out")
-    if cut + cut_rest:
-        console.print(f"{cut + cut_rest:,} of them were longer than {context} tokens and were cut")
-    lengths = [max(len(pair.chosen.tokens), len(pair.rejected.tokens)) for pair in examples]
-    # The reference is needed for the pairs this run will see, and no others.
-    seen = sorted({i for s in range(config.steps) for i in batch_indices(lengths, config.batch_size, seed, s)})
+
+    def drawn(step: int) -> list[int]:
+        """Which pairs a step sees: any lengths, since batches of only long or only short responses pull one way."""
+        return batch_indices([0] * len(pairs), config.batch_size, seed, step)
+
+    # Only the pairs that this run will see are tokenised and read by the reference.
+    seen = sorted({i for step in range(config.steps) for i in drawn(step)})
     place = {pair: position for position, pair in enumerate(seen)}
-    data = with_reference(ref, [examples[i] for i in seen], tokenizer.eot, size, config.average, dtype, kernel)
+    examples, cut = tokenise([pairs[i] for i in seen], tokenizer, context)
+    rest, cut_rest = tokenise(held_out_pairs, tokenizer, context)
+    console.print(f"{len(pairs):,} pairs, of which this run sees {len(seen):,}; {len(rest):,} held out")
+    if cut + cut_rest:
+        console.print(f"{cut + cut_rest:,} of these were longer than {context} tokens and were cut")
+    data = with_reference(ref, examples, tokenizer.eot, size, config.average, dtype, kernel)
     rest_data = with_reference(ref, rest, tokenizer.eot, size, config.average, dtype, kernel)
     optimizer = adamw(model, config.lr, config.weight_decay)
     start = run.restore(model=model, optimizer=optimizer)
@@ -259,7 +282,7 @@ def train(
     for step in run.range(start):
         lr = cosine_lr(step, config.steps, config.lr, config.warmup_steps)
         set_lr(optimizer, lr)
-        chosen = [place[i] for i in batch_indices(lengths, config.batch_size, seed, step)]
+        chosen = sorted((place[i] for i in drawn(step)), key=lambda i: pair_length(examples[i]))
         metrics = {}
         for begin in range(0, len(chosen), size):
             index = chosen[begin : begin + size]
@@ -287,7 +310,7 @@ def held_out_metrics(
     model: GPT, data: PairData, config: DPOConfig, fill: int, batch_size: int, kernel: str
 ) -> dict[str, float]:
     """Loss and accuracy on pairs never trained on."""
-    order = sorted(range(len(data.examples)), key=lambda i: len(data.examples[i].chosen.tokens))
+    order = sorted(range(len(data.examples)), key=lambda i: pair_length(data.examples[i]))
     totals = {"loss": 0.0, "accuracy": 0.0}
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]

@@ -448,4 +448,4 @@ def _right_axis(axes, label: str):
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    cli(main, Args, prog="python -m minirlhf.evaluate")

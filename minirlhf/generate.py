@@ -254,4 +254,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    cli(main, Args, prog="python -m minirlhf.generate")

@@ -14,6 +14,10 @@ What it can show: whether an algorithm improves the policy, at what KL, how clos
 cannot show: anything about real customers or real language. Every sentence comes from the tables below, about 250
 words in all, and the judge reads that language only: it marks good English from outside it down as incoherent.
 
+The annotators' noise is about that of people: of the pairs that two of them order strictly, they order 76% alike; the
+labellers of Ouyang et al. 2022, section 3.4, agreed on 73% (72.6 ± 1.5%). A judge without noise agrees with one
+annotator on about 81%, and no reward model can be expected to do better.
+
 The rubric (`judge`), weights in `RUBRIC`. Each dimension lies in [0, 1]; 10 is perfect, 0 is worthless:
 
     score = 10 * coherence * (0.5 accuracy + 0.2 relevance + 0.3 tone) * (1 if safe, else 0.1)
@@ -139,7 +143,8 @@ MOOD_CUES = {"angry": "angry", "worried": "worried", "sad": r"\bsad\b", "in a hu
 GREETINGS = ("", "", "", "Hello.", "Hi there.", "Good morning.", "Good evening.")
 DETAILS = ("", "", "", "", "", "It is a gift.", "I ordered it last week.", "It is my first order.",
            "My mother gave me the money for it.", "I have been a customer for ten years.")
-QUESTIONS = ("", "", "", "What should I do?", "How can you help?", "Can you help me?", "What can I do now?", "Please help me.")
+QUESTIONS = ("", "", "", "What should I do?", "How can you help?", "Can you help me?", "What can I do now?",
+             "Please help me.")
 
 APOLOGIES = ("I am sorry to hear that.", "I am sorry for the trouble[ with your X].", "I am sorry about this.")
 UNDERSTANDING = ("I understand that you are FEELING[ about your X].", "I see that you are FEELING[ about your X].")

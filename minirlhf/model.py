@@ -105,7 +105,13 @@ class GPT(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None, cache: KVCache | None = None
+        self,
+        tokens: Int[Tensor, "B T"],
+        mask: Bool[Tensor, "B T"] | None = None,
+        cache: KVCache | None = None,
+        *,
+        positions: Int[Tensor, "B T"] | None = None,
+        attend: Bool[Tensor, "B 1 T T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Hidden states after the final norm.
 
@@ -117,14 +123,14 @@ class GPT(nn.Module):
             mask: (B, T), True = a real token. None = all are real, or padding stands on the right only: causal
                 attention cannot see what follows, so right padding needs no mask (and costs less without).
             cache: keys and values of the tokens before; filled in place.
+            positions, attend: both or neither, in place of a mask: rows laid out by `data.pack`.
 
         Raises:
             ValueError: more tokens than positions.
         """
         B, T = tokens.shape
         start = cache.length if cache is not None else 0
-        attend = None
-        if cache is not None or mask is not None:
+        if positions is None and (cache is not None or mask is not None):
             new = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
             if cache is not None:
                 cache.mask[:, start : start + T] = new
@@ -134,7 +140,7 @@ class GPT(nn.Module):
             positions = (real.cumsum(-1) - 1).clamp(min=0)[:, start:]  # (B, T)
             if not (T == 1 and bool(real.all())):
                 attend = _attention_mask(real, T)
-        else:
+        elif positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         if positions.numel() and int(positions.max()) >= self.config.n_positions:
             raise ValueError(f"{int(positions.max()) + 1} tokens exceed the context of {self.config.n_positions}")
@@ -160,9 +166,14 @@ class ScalarModel(nn.Module):
         self.trunk = GPT(config) if trunk is None else trunk
         self.score = nn.Linear(config.n_embd, 1, bias=False)
 
-    def forward(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None) -> Float[Tensor, "B T"]:
-        """One number a position; for a reward model the one that counts stands at the last real token."""
-        return self.score(self.trunk(tokens, mask)).squeeze(-1)
+    def forward(
+        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None, **layout: Tensor
+    ) -> Float[Tensor, "B T"]:
+        """One number a position; for a reward model the one that counts stands at the last real token.
+
+        Arguments as for `GPT`.
+        """
+        return self.score(self.trunk(tokens, mask, **layout)).squeeze(-1)
 
 
 def last_token(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
@@ -232,7 +243,7 @@ def init_weights(model: GPT | ScalarModel, seed: int) -> None:
     Source: Radford et al. 2019, section 2.3 (the scaling by depth), and OpenAI's released code (deviation 0.02, biases
     0), as in nanoGPT. Differs: 0.02 is what 0.8/√D gives at their largest width, 1600. At width 128 the same 0.02 would
     make the variance of every product twelve times smaller, and the model takes about twice as many steps to learn
-    to copy a word from its prompt. A scalar head starts at 1/√(D + 1), after Stiennon et al. 2020, section C.1.
+    to copy a word from its prompt. A scalar head starts near 0 (0.01, see `init_head`).
     """
     g = torch.Generator().manual_seed(seed)
     std = 0.8 / math.sqrt(model.config.n_embd)
@@ -247,9 +258,11 @@ def init_weights(model: GPT | ScalarModel, seed: int) -> None:
 
 
 def init_head(model: ScalarModel, generator: torch.Generator) -> None:
-    """A fresh scalar head: normal with deviation 1/√(D + 1) (Stiennon et al. 2020, section C.1)."""
-    std = 1 / math.sqrt(model.config.n_embd + 1)
-    model.score.weight.data.copy_(torch.empty(model.score.weight.shape).normal_(0.0, std, generator=generator))
+    """A fresh scalar head: normal with deviation 0.01, so that scores start near 0, all about alike.
+
+    Differs: Stiennon et al. 2020, section C.1, take 1/√(D + 1).
+    """
+    model.score.weight.data.copy_(torch.empty(model.score.weight.shape).normal_(0.0, 0.01, generator=generator))
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -356,8 +369,8 @@ def load_model(folder: str | Path, *, scalar: bool = False) -> GPT | ScalarModel
         stored = stored.t() if name.endswith(_TRANSPOSED) else stored
         if stored.shape != tensor.shape:
             raise InputError(
-                f"{folder / 'model.safetensors'}: {_hf_name(name)} has shape {tuple(stored.shape)}, config.json asks for "
-                f"{tuple(tensor.shape)}; the two files are not from the same model"
+                f"{folder / 'model.safetensors'}: {_hf_name(name)} has shape {tuple(stored.shape)}, config.json asks "
+                f"for {tuple(tensor.shape)}; the two files are not from the same model"
             )
         state[name] = stored.float()
     model.load_state_dict(state)

@@ -45,15 +45,15 @@ NOISE_FLOOR = {"fp32": 1e-3, "bf16": 0.25}  # nats a token that sampling and tra
 class PPOConfig:
     """How to run PPO."""
 
-    steps: int = 60
+    steps: int = 34
     """Rollouts, each followed by its updates."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Responses a rollout."""
     responses_per_prompt: int = 1
     """Responses drawn to each prompt."""
-    epochs: int = 4
+    epochs: int = 2
     """Passes over a rollout."""
-    minibatches: int = 4
+    minibatches: int = 2
     """Optimiser steps in a pass."""
     microbatch_size: int = 0
     """Responses in memory at a time; gradients accumulate to those of the minibatch. 0 = the whole minibatch."""
@@ -90,7 +90,10 @@ class PPOConfig:
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """Of the KL that is paid for; all of them are logged."""
     kl_in: Literal["reward", "loss", "both"] = "reward"
-    """Where it is paid: in each token's reward, in the loss, or in both (for `exact`: the lowest-variance choice)."""
+    """Where it is paid: in each token's reward, in the loss, or in both. The true gradient of KL(π‖π_ref) is that of k1
+    in the reward, and of exact in both. In the loss alone, k2 and exact have the right gradient a token, without its
+    effect on the tokens after it; k3 has that of the other direction, KL(π_ref‖π). Whitening rescales what is paid in
+    the reward, and not what is paid in the loss."""
     kl_target: float = 0.0
     """Adaptive β: the KL a response to steer to, in nats; 0 = β stays fixed."""
     kl_horizon: int = 2000
@@ -102,7 +105,7 @@ class PPOConfig:
     missing_eot_penalty: float = 1.0
     """Taken from the score of a response that was cut at the limit."""
     stop_kl: float = 0.0
-    """End a rollout's updates when KL(π_old‖π) a token exceeds this; 0 = never."""
+    """End a rollout's updates once KL(π_old‖π) a token exceeds this, before a further step; 0 = never."""
     critic: Literal["separate", "shared"] = "separate"
     """A network of its own, or a second head on the policy."""
     sample_every: int = 20
@@ -124,6 +127,16 @@ class PPOConfig:
             raise InputError(
                 f"--batch-size {self.batch_size} must be a multiple of --responses-per-prompt "
                 f"{self.responses_per_prompt} and of --minibatches {self.minibatches}"
+            )
+        if (self.kl_in, self.kl_estimator) == ("loss", "k1"):
+            raise InputError(
+                "--kl-in loss holds nothing with --kl-estimator k1, whose expected gradient is zero; "
+                "use k2 or exact in the loss, or k1 in the reward"
+            )
+        if (self.kl_in, self.kl_estimator) == ("reward", "exact"):
+            raise InputError(
+                "--kl-in reward with --kl-estimator exact lacks the gradient of each token's own KL, which does not "
+                "depend on the token drawn; use --kl-in both, or k1 in the reward"
             )
 
     @property
@@ -276,7 +289,10 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, batch_size: int, hor
 
 
 def explained_variance(values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> float:
-    """1 - Var(return - V)/Var(return) over the tokens that count: 1 = the critic knows, 0 = it may as well be constant."""
+    """1 - Var(return - V)/Var(return) over the tokens that count.
+
+    1 = the critic knows; 0 = it may as well be constant.
+    """
     errors, targets = (returns - values)[mask], returns[mask]
     if len(targets) < 2:
         return math.nan
@@ -441,7 +457,7 @@ def train(
         # 5. Updates: several passes over the rollout in minibatches.
         began = time.perf_counter()
         sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "ratio_max", "old_kl", "grad_norm"), 0.0)
-        updates, stopped = 0, False
+        updates, looks, stopped = 0, 0, False
         for epoch in range(config.epochs):
             order = torch.randperm(len(prompts), generator=seeded(seed, step, 3, epoch)).to(device)
             for rows_now in order.chunk(config.minibatches):
@@ -482,6 +498,15 @@ def train(
                 )
                 run.require_finite(step, policy_loss=seen["policy_loss"], value_loss=seen["value_loss"])
                 run.require_finite(step, gradient=grad_norm)
+                looks += 1
+                for name, value in seen.items():
+                    sums[name] += value
+                sums["grad_norm"] += float(grad_norm)
+                if 0 < config.stop_kl < seen["old_kl"]:  # far enough already: this step is not taken
+                    stopped = True
+                    optimizer.zero_grad()
+                    critic_optimizer.zero_grad()
+                    break
                 if not shared:
                     torch.nn.utils.clip_grad_norm_(critic.parameters(), config.max_grad_norm)
                     critic_optimizer.step()
@@ -489,12 +514,6 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
                 updates += 1
-                for name, value in seen.items():
-                    sums[name] += value
-                sums["grad_norm"] += float(grad_norm)
-                if config.stop_kl and seen["old_kl"] > config.stop_kl:
-                    stopped = True
-                    break
             if stopped:
                 break
 
@@ -520,7 +539,7 @@ def train(
             "eot_rate": float((~episodes.truncated).float().mean()),
             "explained_variance": explained_variance(values, returns, mask),
             "advantage_std": float(advantages[mask].std(correction=0)),
-            **{name: value if name == "ratio_max" else value / updates for name, value in sums.items()},
+            **{name: value if name == "ratio_max" else value / looks for name, value in sums.items()},
             "updates": updates,
             "ratio_drift": drift,
             "kl_coef": kl_coef,

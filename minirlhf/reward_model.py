@@ -10,18 +10,19 @@ Differs: Ouyang et al. average over the pairs of a ranking as if they were indep
 likelihood, with ties summed over the orders that agree with them.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minirlhf import InputError
-from minirlhf.data import Example, Ranking, batch_indices, collate, make_example
-from minirlhf.model import ScalarModel, adamw, last_token
+from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack
+from minirlhf.model import ScalarModel, adamw
 from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
 from minirlhf.tokenizer import Tokenizer
 
@@ -32,13 +33,13 @@ MAX_TIED = 10  # the likelihood of m tied responses sums over 2^m subsets
 class RewardModelConfig:
     """How to train a reward model."""
 
-    steps: int = 250
+    steps: int = 700
     """Optimiser steps."""
-    batch_size: int = 32
+    batch_size: int = 12
     """Rankings (or pairs) a step."""
     microbatch_size: int = 0
     """Rankings in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
-    lr: float = 1e-3
+    lr: float = 5e-4
     """Peak learning rate."""
     warmup_steps: int = 20
     """Steps until the peak; from there half a cosine down to a tenth."""
@@ -52,7 +53,7 @@ class RewardModelConfig:
     """Weight of the penalty on (Σ scores)², which fixes the free constant (Eisenstein et al. 2023, section 2)."""
     held_out: float = 0.05
     """Share of the records kept for the held-out accuracy."""
-    eval_every: int = 100
+    eval_every: int = 350
     """Steps between held-out accuracies."""
 
     def __post_init__(self):
@@ -121,11 +122,10 @@ def centring_loss(scores: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
 
 
 class Rankings(NamedTuple):
-    """All responses of some rankings in one batch, N = the sum of their K."""
+    """Some rankings in one batch, one a row, its prompt computed once; N = all their responses."""
 
-    tokens: Int[Tensor, "N T"]
-    mask: Bool[Tensor, "N T"]
-    groups: list[tuple[Int[Tensor, "B K"], tuple[int, ...]]]  # rows of `tokens`, and the ranks these rankings share
+    packed: Packed
+    groups: list[tuple[Int[Tensor, "B K"], tuple[int, ...]]]  # which of the N, and the ranks these rankings share
 
 
 class RankedExamples(NamedTuple):
@@ -153,24 +153,27 @@ def tokenise(rankings: Sequence[Ranking], tokenizer: Tokenizer, context: int) ->
 
 
 def collate_rankings(ranked: Sequence[RankedExamples], fill: int) -> Rankings:
-    """Flatten rankings into one right-padded batch; those with the same pattern of ranks form a group."""
-    batch = collate([example for one in ranked for example in one.examples], fill)
+    """Rankings in one right-padded batch; those with the same pattern of ranks form a group."""
     rows: dict[tuple[int, ...], list[list[int]]] = {}
     start = 0
     for one in ranked:
         rows.setdefault(one.ranks, []).append(list(range(start, start + len(one.ranks))))
         start += len(one.ranks)
-    return Rankings(batch.tokens, batch.mask, [(torch.tensor(r), ranks) for ranks, r in sorted(rows.items())])
+    packed = pack([one.examples for one in ranked], fill)
+    return Rankings(packed, [(torch.tensor(r), ranks) for ranks, r in sorted(rows.items())])
 
 
 def score_batch(model: ScalarModel, batch: Rankings) -> Float[Tensor, " N"]:
-    """The score of each response, read at its last token (right padding needs no mask)."""
-    device = model.score.weight.device
-    return last_token(model(batch.tokens.to(device)), batch.mask.to(device))
+    """The score of each response, read at its last token."""
+    tokens, positions, attend, ends = (part.to(model.score.weight.device) for part in batch.packed)
+    return model(tokens, positions=positions, attend=attend).flatten()[ends]
 
 
 def pair_accuracy(model: ScalarModel, batches: Sequence[Rankings]) -> float:
-    """Share of strictly ordered pairs that the scores order as the annotators did; equal scores count half."""
+    """Share of strictly ordered pairs that the scores order as the annotators did; equal scores count half.
+
+    NaN where no pair is strictly ordered.
+    """
     right = total = 0.0
     with torch.no_grad():
         for batch in batches:
@@ -181,7 +184,11 @@ def pair_accuracy(model: ScalarModel, batches: Sequence[Rankings]) -> float:
                         lead = scores[rows[:, better]] - scores[rows[:, worse]]
                         right += float((lead > 0).sum() + 0.5 * (lead == 0).sum())
                         total += len(rows)
-    return right / max(1.0, total)
+    return right / total if total else math.nan
+
+
+def _packed_length(one: RankedExamples) -> int:
+    return one.examples[0].start + sum(len(example.tokens) - example.start for example in one.examples)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -204,14 +211,16 @@ def batches(
     if cut + cut_rest:
         total = len(ranked) + len(rest)
         console.print(f"{cut + cut_rest:,} of {total:,} records were longer than {context} tokens and were cut")
-    longest = [max(len(example.tokens) for example in one.examples) for one in ranked]
     size = config.microbatch_size or config.batch_size
 
     def batch_at(step: int) -> list[Rankings]:
-        chosen = [ranked[i] for i in batch_indices(longest, config.batch_size, seed, step)]
+        # A batch is drawn whatever the lengths, and sorted inside: batches of only long or only short rankings cost
+        # about 1.5 points of held-out accuracy on the help desk.
+        drawn = batch_indices([0] * len(ranked), config.batch_size, seed, step)
+        chosen = sorted((ranked[i] for i in drawn), key=_packed_length)
         return [collate_rankings(chosen[i : i + size], tokenizer.eot) for i in range(0, len(chosen), size)]
 
-    rest.sort(key=lambda one: max(len(example.tokens) for example in one.examples))
+    rest.sort(key=_packed_length)
     return batch_at, [collate_rankings(rest[i : i + size], tokenizer.eot) for i in range(0, len(rest), size)]
 
 

@@ -426,4 +426,4 @@ def _row(record: Text | Demonstration | Ranking, scores: list[float]) -> dict[st
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    cli(main, Args, prog="python -m minirlhf.rewards")

@@ -154,11 +154,13 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.progress is not None:
-            note = "  ".join(f"{k} {metrics[k]:.3f}" for k in show if metrics.get(k) is not None)
+            note = "  ".join(f"{k} {row[k]:.3f}" for k in show if row.get(k) is not None)
             self.progress.update(self.task, note=note)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append responses to samples.jsonl and show them."""
+        if not rows:
+            return
         self._begin()
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             for row in rows:
@@ -194,7 +196,14 @@ class Run:
         for name, part in parts.items():
             own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
             if isinstance(part, nn.Module):
-                part.load_state_dict(own)
+                try:
+                    part.load_state_dict(own)
+                except RuntimeError as error:
+                    what = str(error).splitlines()[-1].strip()[:200]  # the last tensor that does not fit
+                    raise InputError(
+                        f"{path}: does not fit the {name} of this run ({what}); what the run started from has changed: "
+                        "put it back, or start again with --overwrite"
+                    ) from error
             else:
                 _load_optimizer(part, own)
         if numbers is not None:
@@ -240,7 +249,11 @@ class Run:
         if self.written:
             return
         if self.replaces:
-            shutil.rmtree(self.folder)
+            # Renamed first: whoever is killed while the old run is being removed has no half of it in place.
+            aside = self.folder.with_name(f".{self.folder.name}.replaced")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.folder.rename(aside)
+            shutil.rmtree(aside)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_info(finished=False)
         self.written = True
@@ -314,10 +327,16 @@ def require_same_tokenizer(one: Tokenizer, folder: str | Path, other: Tokenizer,
 
 
 def ensure_run(folder: Path, script: str, *arguments: str) -> Path:
-    """A default input that does not exist yet is trained first, and says so."""
+    """A default input that does not exist yet is trained first, and says so.
+
+    The script is the one in the current directory, or else the one beside the script that is running.
+    """
     info = read_run(folder)
     if info is not None and info.get("finished"):
         return folder
+    beside = Path(sys.argv[0]).parent / script
+    if not Path(script).is_file() and beside.is_file():
+        script = str(beside)
     command = [sys.executable, script, *arguments, *(["--resume"] if info is not None else [])]
     why = "is not finished" if info else "does not exist yet"
     console.print(escape(f"{folder} {why}: running {' '.join(['python', *command[1:]])}"))
@@ -330,10 +349,16 @@ def ensure_run(folder: Path, script: str, *arguments: str) -> Path:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def cli(main: Callable[[Any], None], args_type: type) -> None:
-    """Parse a dataclass from the command line and run: a user's mistake is one line on stderr and exit code 2."""
+def cli(main: Callable[[Any], None], args_type: type, prog: str | None = None) -> None:
+    """Parse a dataclass from the command line and run: a user's mistake is one line on stderr and exit code 2.
+
+    Args:
+        main: what to run.
+        args_type: its arguments.
+        prog: how the command is called, for its usage line; by default as the file is called.
+    """
     try:
-        main(tyro.cli(args_type, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)))
+        main(tyro.cli(args_type, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -37,9 +37,9 @@ from minirlhf.tokenizer import Tokenizer
 class SFTConfig:
     """How to train on next-token prediction."""
 
-    steps: int = 300
+    steps: int = 900
     """Optimiser steps."""
-    batch_size: int = 64
+    batch_size: int = 16
     """Sequences a step."""
     microbatch_size: int = 0
     """Sequences in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
@@ -55,7 +55,7 @@ class SFTConfig:
     """Pre-training: tokens predicted in each sequence; 0 = the whole context."""
     held_out: float = 0.05
     """Share of the records (of one long text: its end) kept for the held-out loss."""
-    eval_every: int = 100
+    eval_every: int = 200
     """Steps between held-out losses."""
 
     def __post_init__(self):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minirlhf.model import load_model
@@ -193,7 +193,6 @@ def test_a_bad_file_is_named(here, refused, command):
     ("command", "record", "what"),
     [
         ("train_sft", {"prompt": "a"}, "bad.jsonl:1: this record is a prompt"),
-        ("train_sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "bad.jsonl:1: this record is a ranking"),
         ("train_rm", {"prompt": "a", "response": "b"}, "bad.jsonl:1: this record is a demonstration"),
         ("train_rm", {"text": "a"}, 'has no "label"'),
         ("train_dpo", {"text": "a", "label": 1}, "bad.jsonl:1: this record is a text"),
@@ -253,9 +252,19 @@ def test_a_prompt_longer_than_the_context_is_named(refused, run, command):
         assert "1 of 3 prompts were too long for the context of 64 and left out" in out
 
 
-def test_a_reward_model_of_a_shorter_context_is_named(here, refused, make_run):
+def test_a_reward_model_of_a_shorter_context_is_named(here, run, refused, make_run, tiny_tokenizer):
     make_run(here / "short", scalar=True, n_positions=16)
+    longest = max(len(tiny_tokenizer.encode(record["prompt"])) for record in GOOD["pairs"])
     line = refused("train_ppo", *reading("train_ppo", "pairs.jsonl", reward="short"))
+    assert line.startswith("error: short: this reward model reads 16 tokens, too few for a prompt of ")
+    assert f" a prompt of {longest} and a response of 8; lower --response-tokens" in line
+    # It is refused for what may come, at the start, and not when a response happens to be too long.
+    make_run(here / "almost", scalar=True, n_positions=longest + 7)
+    assert "error: almost: this reward" in refused("train_ppo", *reading("train_ppo", "pairs.jsonl", reward="almost"))
+    make_run(here / "enough", scalar=True, n_positions=longest + 8)
+    code, out, err = run("train_ppo", *reading("train_ppo", "pairs.jsonl", reward="enough"))
+    assert code == 0, out + err
+    line = refused("evaluate", *reading("evaluate", "pairs.jsonl", reward="short"))
     assert "the reward model short reads 16; shorten" in line
 
 
@@ -347,6 +356,17 @@ def test_an_input_that_names_nothing_is_named(refused, command, flag):
     line = refused(command, *reading(command, good_file(command)), flag, "runs/sft-tpyo")
     assert "runs/sft-tpyo" in line
     assert "no such folder; " in line
+
+
+def test_no_name_of_a_hub_is_promised(refused, run):
+    """Weights come from folders: gpt2 is no more than the name of one."""
+    for command in SCRIPTS:
+        assert refused(command, *reading(command, good_file(command)), "--init", "gpt2").startswith(
+            "error: gpt2: no such folder; name a run, or any folder in Hugging Face's GPT-2 format"
+        )
+        code, out, _ = run(command, "--help")
+        assert code == 0
+        assert "gpt2" not in " ".join(out.split()).partition("--init")[2].partition("--config")[0].partition("--n ")[0]
 
 
 def test_a_default_input_is_only_trained_for_the_embedded_world(refused):
@@ -448,6 +468,8 @@ def test_a_pickle_is_no_checkpoint(here, run, refused, trap, monkeypatch, protoc
         ("train_ppo", "--responses-per-prompt", 3),
         ("train_dpo", "--beta", 0),
         ("train_dpo", "--label-smoothing", 0.6),
+        ("train_ppo", "--kl-estimator", "exact"),
+        ("train_ppo", "--kl-in", "loss"),
         ("train_rm", "--margin", -1),
         *(("generate", "--top-p", value) for value in (1.5, 0, -0.5, "nan")),
         ("generate", "--top-k", -1),
@@ -463,6 +485,12 @@ def test_a_number_out_of_range_is_named_by_its_flag(refused, command, flag, valu
     line = refused(command, *reading(command, good_file(command)), flag, value)
     assert flag in line
     assert str(value) in line
+
+
+@pytest.mark.parametrize("loss", ["ipo", "hinge"])
+def test_an_option_of_another_loss_is_refused(refused, loss):
+    line = refused("train_dpo", *reading("train_dpo", "pairs.jsonl"), "--loss", loss, "--label-smoothing", 0.1)
+    assert f"--label-smoothing is not for --loss {loss}; use --loss sigmoid or leave it out" in line
 
 
 def test_fresh_weights_of_an_impossible_shape_are_refused(refused):
@@ -494,6 +522,28 @@ def test_a_gpu_asked_for_and_absent_is_an_error(refused, monkeypatch, command):
     assert "--device 'gpu' is not a device; use" in refused(
         command, *reading(command, good_file(command)), "--device", "gpu"
     )
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_checkpoint_of_another_model_is_refused(here, run, refused, monkeypatch, command):
+    """What a run started from was trained again in another shape, between the kill and the resuming."""
+    arguments = [*reading(command, good_file(command)), "--checkpoint-every", 1]
+    if command == "train_ppo":
+        arguments += ["--epochs", 1, "--minibatches", 1]
+    with monkeypatch.context() as patch:
+        spoil(patch, LOSSES[command], at_call=2, interrupt=True)
+        assert run(command, *arguments)[0] == 130
+    weights = load_file(here / "sft" / "model.safetensors")
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"].repeat(2, 1)
+    save_file(weights, here / "sft" / "model.safetensors", metadata={"format": "pt"})
+    edit(here / "sft" / "config.json", n_positions=128)
+    line = refused(command, *arguments, "--resume")
+    assert line.startswith("error: out/state/checkpoint.safetensors: does not fit the ")
+    assert "size mismatch for" in line and "wpe.weight" in line
+    assert "put it back, or start again with --overwrite" in line
 
 
 # --- output folders ---------------------------------------------------------------------------------------------------

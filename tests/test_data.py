@@ -25,6 +25,7 @@ from minirlhf.data import (
     expect,
     labelled_pairs,
     make_example,
+    pack,
     read_records,
     split_held_out,
     stream_batch,
@@ -575,3 +576,71 @@ def test_collate_loses_nothing_even_if_the_fill_is_a_real_token(sizes: list[tupl
     for row, example in enumerate(examples):
         assert batch.tokens[row][batch.mask[row]].tolist() == example.tokens
         assert batch.tokens[row][batch.response_mask[row]].tolist() == example.tokens[example.start :]
+
+
+# --- packing ---
+
+
+def test_pack_by_hand() -> None:
+    three = [Example([1, 2, 5, 9], 2), Example([1, 2, 6], 2), Example([1, 2, 5, 7, 9], 2)]
+    packed = pack([three, [Example([3], 0)]], fill=9)
+    assert packed.tokens.tolist() == [[1, 2, 5, 9, 6, 5, 7, 9], [3, 9, 9, 9, 9, 9, 9, 9]]
+    assert packed.positions.tolist()[0] == [0, 1, 2, 3, 2, 2, 3, 4]
+    assert packed.positions.tolist()[1][0] == 0
+    assert packed.ends.tolist() == [3, 4, 7, 8]
+    assert packed.attend.shape == (2, 1, 8, 8)
+    looks = packed.attend[0, 0].int().tolist()
+    assert looks == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 1, 0],
+        [1, 1, 0, 0, 0, 1, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "row"),
+    [
+        ([[1, 2, 3], [4, 5]], [1, 2, 3, 4, 5]),  # nothing in common
+        ([[1, 2], [1, 2, 3, 4]], [1, 2, 2, 3, 4]),  # one is the beginning of the other: both have an end of their own
+        ([[1, 2, 3, 4], [1, 2]], [1, 2, 3, 4, 2]),
+        ([[1, 2, 3], [1, 2, 3]], [1, 2, 3, 3]),
+        ([[1], [1, 2]], [1, 1, 2]),
+        ([[1, 2, 3]], [1, 2, 3]),
+        ([[1, 2, 7, 8], [1, 2, 7, 9], [1, 2, 6, 9]], [1, 2, 7, 8, 7, 9, 6, 9]),  # common to all, not to some
+    ],
+)
+def test_what_all_share_stands_once(sequences: list[list[int]], row: list[int]) -> None:
+    packed = pack([[Example(sequence, 0) for sequence in sequences]], fill=0)
+    assert packed.tokens.tolist() == [row]
+
+
+tokens_drawn = st.lists(st.integers(0, 3), min_size=1, max_size=6)  # few tokens, so that many begin alike
+
+
+@given(groups=st.lists(st.lists(tokens_drawn, min_size=1, max_size=4), min_size=1, max_size=4), fill=st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_a_packed_token_sees_its_own_sequence_and_nothing_else(groups: list[list[list[int]]], fill: int) -> None:
+    packed = pack([[Example(sequence, 0) for sequence in group] for group in groups], fill)
+    _, width = packed.tokens.shape
+    assert packed.attend.any(-1).all(), "padding sees itself, or softmax would be NaN"
+    ends = iter(packed.ends.tolist())
+    for b, group in enumerate(groups):
+        real = torch.zeros(width, dtype=torch.bool)
+        for sequence in group:
+            row, column = divmod(next(ends), width)
+            assert row == b
+            own = packed.attend[b, 0, column].nonzero().flatten()
+            real[own] = True
+            assert packed.tokens[b, own].tolist() == sequence
+            assert packed.positions[b, own].tolist() == list(range(len(sequence)))
+            for at, where in enumerate(own.tolist()):  # and each of its tokens sees what came before it
+                assert packed.attend[b, 0, where].nonzero().flatten().tolist() == own[: at + 1].tolist()
+        assert not packed.attend[b, 0, real][:, ~real].any(), "padding is seen by nobody"
+        assert not real[real.sum() :].any(), "padding stands on the right"
+        assert (packed.tokens[b, ~real] == fill).all()
+    assert next(ends, None) is None

@@ -204,10 +204,19 @@ def test_every_strictly_ordered_pair_of_a_ranking_is_one():
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6))
 def test_pairs_of_any_ranking(ranks):
     responses = tuple(f" {i}" for i in range(len(ranks)))
-    expected = {("Q", responses[i], responses[j]) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b}
-    pairs = pairs_of([Ranking("Q", responses, tuple(ranks))])
-    assert len(pairs) == len(expected)
-    assert set(pairs) == expected
+    ordered = {("Q", responses[i], responses[j]): a for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b}
+    best = {pair for pair, rank in ordered.items() if rank == min(ranks)}  # of several best, each against the worse
+    for which, expected in (("all", set(ordered)), ("best", best)):
+        pairs = pairs_of([Ranking("Q", responses, tuple(ranks))], which)
+        assert len(pairs) == len(expected)
+        assert set(pairs) == expected
+
+
+def test_a_run_takes_the_pairs_that_it_was_told_to(tiny, tiny_tokenizer, tmp_path, capsys):
+    for which, n in (("all", 9), ("best", 8)):  # the first ranking has a pair without its best response
+        config = DPOConfig(steps=1, batch_size=4, pairs=which)
+        train_tiny(tmp_path / which, tiny(), tiny_tokenizer, config)
+        assert f"{n} pairs, of which this run sees 4; " in " ".join(capsys.readouterr().out.split())
 
 
 def test_chosen_stand_above_rejected(tiny_tokenizer):
@@ -288,7 +297,12 @@ def train_tiny(folder, model, tokenizer, config=CONFIG, rankings=RANKINGS, held_
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"loss": "sigmoid", "label_smoothing": 0.2}, {"loss": "ipo", "average": True}, {"loss": "hinge"}],
+    [
+        {"label_smoothing": 0.0},
+        {"loss": "sigmoid", "label_smoothing": 0.2},
+        {"loss": "ipo", "average": True},
+        {"loss": "hinge"},
+    ],
     ids=["sigmoid", "cdpo", "ipo", "hinge"],
 )
 @pytest.mark.parametrize("size", [0, 1, 2, 4, 100])
@@ -305,7 +319,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, 
         for model in (by_hand, ref)
         for which in (0, 1)
     ]
-    loss = preference_loss(*four, 0.5, config.loss, config.label_smoothing).mean()
+    loss = preference_loss(*four, 0.5, config.loss, config.smoothing).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(by_hand.parameters()))])
     assert expected.abs().max() > 1e-2
 
@@ -319,7 +333,11 @@ def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, 
 
 def test_only_what_the_run_sees_is_read_by_the_reference_and_in_its_place(tiny, tiny_tokenizer, tmp_path, monkeypatch):
     rankings = [Ranking(f"Order {i}", (f" yes{i}", f" no {i} " * (i % 4 + 1)), (1, 2)) for i in range(30)]
-    ref, read, seen = clone(tiny(3)), [], []
+    ref, read, seen, tokenised = clone(tiny(3)), [], [], []
+
+    def tokens(pairs, *rest):
+        tokenised.append(pairs)
+        return tokenise(pairs, *rest)
 
     def reference(ref, examples, *rest):
         read.append(examples)
@@ -329,11 +347,13 @@ def test_only_what_the_run_sees_is_read_by_the_reference_and_in_its_place(tiny, 
         seen.append((data, batch))
         return pair_metrics(model, data, batch, *rest)
 
+    monkeypatch.setattr(dpo, "tokenise", tokens)
     monkeypatch.setattr(dpo, "with_reference", reference)
     monkeypatch.setattr(dpo, "pair_metrics", metrics)
     config = DPOConfig(steps=3, batch_size=4, microbatch_size=3)
     train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, config, rankings, held_out=[], ref=ref)
-    assert len(read[0]) == 12  # three batches of four out of thirty
+    assert len(tokenised[0]) == len(set(tokenised[0])) == 12  # three batches of four out of thirty
+    assert len(read[0]) == 12
     assert len(seen) == 6
     # Of one epoch, each is trained on once.
     assert sorted(i for _, batch in seen for i in batch.index) == list(range(12))
@@ -348,6 +368,23 @@ def test_only_what_the_run_sees_is_read_by_the_reference_and_in_its_place(tiny, 
             ]
             expected = torch.stack([logp_by_hand(ref, example) for example in data.examples[i]])
             torch.testing.assert_close(data.ref_logps[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_are_of_any_lengths_and_sorted_inside(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+    # Drawn by length, a batch of 4 out of these would hold long pairs only, or short ones.
+    rankings = [Ranking(f"{i}", (" a" * (1 + i % 20), " b"), (1, 2)) for i in range(200)]
+    lengths = []
+
+    def metrics(model, data, batch, *rest):
+        lengths.append([max(len(e.tokens) for e in data.examples[i]) for i in batch.index])
+        return pair_metrics(model, data, batch, *rest)
+
+    monkeypatch.setattr(dpo, "pair_metrics", metrics)
+    config = DPOConfig(steps=20, batch_size=4, microbatch_size=2)
+    train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, config, rankings, held_out=[])
+    steps = [lengths[i] + lengths[i + 1] for i in range(0, 40, 2)]
+    assert all(step == sorted(step) and len(step) == 4 for step in steps)
+    assert sum(step[-1] - step[0] for step in steps) / 20 > 8  # of 19; by length, about 0
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
@@ -389,7 +426,7 @@ def test_held_out_metrics_weigh_every_pair_alike(tiny, tiny_tokenizer):
     four = [torch.stack([logp_by_hand(m, one[which]) for one in examples]) for m in (model, ref) for which in (0, 1)]
     h = (four[0] - four[2]) - (four[1] - four[3])
     expected = {
-        "held_out_loss": preference_loss(*four, 0.3).mean().item(),
+        "held_out_loss": preference_loss(*four, 0.3, "sigmoid", 0.1).mean().item(),  # unless said otherwise
         "held_out_accuracy": (h > 0).float().mean().item(),
     }
     assert 0 < expected["held_out_accuracy"] < 1
@@ -463,3 +500,12 @@ def test_a_config_that_makes_no_sense_is_refused(field, value):
         DPOConfig(**{field: value})
     assert str(caught.value).startswith(f"--{field.replace('_', '-')} must ")
     assert str(caught.value).endswith(f"got {value}")
+
+
+@pytest.mark.parametrize("loss", ["ipo", "hinge"])
+def test_label_smoothing_where_it_does_nothing_is_refused(loss):
+    with pytest.raises(InputError) as caught:
+        DPOConfig(loss=loss, label_smoothing=0.1)
+    assert str(caught.value).startswith(f"--label-smoothing is not for --loss {loss}; use")
+    assert DPOConfig(loss=loss).smoothing == DPOConfig(loss=loss, label_smoothing=0.0).smoothing == 0.0
+    assert [DPOConfig(label_smoothing=given).smoothing for given in (None, 0.0, 0.3)] == [0.1, 0.0, 0.3]

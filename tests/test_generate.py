@@ -23,12 +23,13 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13], [EOT, 3]]
 few = settings(deadline=None, max_examples=15)
 
 
-def random_model(config, seed=0, scale=12.0):
+def random_model(config, seed=0):
     """A model whose next-token distribution depends visibly on the prefix and often ends."""
     model = GPT(config)
     init_weights(model, seed)
-    for parameter in model.parameters():
-        parameter.data.mul_(scale if parameter.dim() > 1 else 1.0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_((0.12 if name.endswith("proj.weight") else 0.24) / parameter.std())
     return model.eval()
 
 

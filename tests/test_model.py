@@ -1,5 +1,6 @@
 """model: GPT-2 as transformers computes it, padding, the KV cache, initialisation, files in and out."""
 
+import dataclasses
 import json
 import math
 import pickle
@@ -7,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,7 @@ from transformers import (
 )
 
 from minirlhf import InputError
+from minirlhf.data import Example, pack
 from minirlhf.model import (
     GPT,
     GPTConfig,
@@ -257,6 +260,95 @@ def test_last_token_wherever_the_padding_stands():
     assert last_token(values, single).tolist() == [0.0, 9.0, 12.0]
 
 
+# --- sequences packed into a row --------------------------------------------------------------------------------------
+
+# What the sequences of a group share, and how each goes on: nothing shared, one that is the beginning of another, the
+# same sequence twice, and one alone, all of them may come.
+SHARED = st.lists(st.integers(0, EOT), max_size=8)
+ENDS = st.lists(st.lists(st.integers(0, EOT), min_size=1, max_size=8), min_size=1, max_size=4)
+GROUPS = st.lists(st.tuples(SHARED, ENDS), min_size=1, max_size=3)
+MADE_UP = [
+    [[1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2, 3, 4, 7, 8]],  # K = 3
+    [[6, 7], [7, 6, 5]],  # no common beginning
+    [[8, 9], [8, 9, 10, 11]],  # one is the beginning of the other
+    [[12, 13, 14], [12, 13, 14]],  # twice the same
+    [[15]],
+]
+
+
+def lay_out(groups, fill):
+    return pack([[Example(sequence, len(sequence) - 1) for sequence in group] for group in groups], fill)
+
+
+def packed_states(model, packed):
+    """What a model says of a packed batch, (B·T, …)."""
+    return model(packed.tokens, positions=packed.positions, attend=packed.attend).flatten(0, 1)
+
+
+@few
+@given(drawn=GROUPS, fill=st.integers(0, EOT))
+@torch.no_grad()
+def test_a_packed_sequence_has_the_states_it_has_alone(gpt, scalar, drawn, fill):
+    groups = [[shared + end for end in ends] for shared, ends in drawn]
+    packed = lay_out(groups, fill)
+    hidden, values = packed_states(gpt, packed), packed_states(scalar, packed)
+    assert torch.isfinite(hidden).all()
+    sequences = [sequence for group in groups for sequence in group]
+    for sequence, end in zip(sequences, packed.ends.tolist(), strict=True):
+        row, column = divmod(end, packed.tokens.shape[1])
+        own = row * packed.tokens.shape[1] + packed.attend[row, 0, column].nonzero().flatten()
+        torch.testing.assert_close(hidden[own], gpt(torch.tensor([sequence]))[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(values[own], scalar(torch.tensor([sequence]))[0], rtol=0, atol=1e-5)
+        assert own[-1] == end
+
+
+@pytest.mark.parametrize("kind", ["hidden states", "scores"])
+def test_a_packed_batch_has_the_gradient_of_its_sequences_alone(gpt, scalar, kind):
+    model = gpt if kind == "hidden states" else scalar
+    sequences = [sequence for group in MADE_UP for sequence in group]
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(len(sequences), CONFIG.n_embd, generator=g)[..., 0 if model is scalar else slice(None)]
+
+    def gradients(ends):
+        return torch.autograd.grad((ends * weight).sum(), list(model.parameters()))
+
+    packed = lay_out(MADE_UP, EOT)
+    together = gradients(packed_states(model, packed)[packed.ends])
+    alone = gradients(torch.stack([model(torch.tensor([sequence]))[0, -1] for sequence in sequences]))
+    for (name, _), a, b in zip(model.named_parameters(), together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+        assert a.abs().max() > 1e-4, name
+
+
+def test_what_pads_a_packed_batch_reaches_nothing(gpt):
+    def ends_and_gradients(fill, columns):
+        packed = lay_out(MADE_UP, fill)
+        packed = packed._replace(
+            tokens=F.pad(packed.tokens, (0, columns), value=fill),
+            positions=F.pad(packed.positions, (0, columns)),
+            attend=F.pad(packed.attend, (0, columns, 0, columns)) | torch.eye(packed.tokens.shape[1] + columns).bool(),
+        )
+        rows = torch.arange(len(MADE_UP)).repeat_interleave(torch.tensor([len(group) for group in MADE_UP]))
+        ends = packed_states(gpt, packed)[packed.ends + columns * rows]
+        return ends, *torch.autograd.grad(ends.square().sum(), list(gpt.parameters()))
+
+    plain = ends_and_gradients(EOT, 0)
+    for fill, columns in ((5, 0), (EOT, 4), (60, 7)):
+        for a, b in zip(ends_and_gradients(fill, columns), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_packed_row_may_be_longer_than_the_context_but_no_sequence_may(gpt):
+    prompt = list(range(20))
+    packed = lay_out([[[*prompt, k, k, k, k] for k in range(30, 36)]], EOT)
+    assert packed.tokens.shape == (1, 44)
+    alone = gpt(torch.tensor([[*prompt, 35, 35, 35, 35]]))[0, -1]
+    torch.testing.assert_close(packed_states(gpt, packed)[-1], alone, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="25 tokens exceed the context of 24"):
+        packed_states(gpt, lay_out([[[*prompt, 1, 2, 3, 4, 5], [*prompt, 2]]], EOT))
+
+
 # --- causality and the cache ------------------------------------------------------------------------------------------
 
 
@@ -390,8 +482,8 @@ def test_initial_weights():
         elif name.endswith("bias"):
             assert (parameter == 0).all(), name
         else:
-            want = 0.02 / math.sqrt(2 * 8) if name.endswith("proj.weight") else 0.02
-            want = 1 / math.sqrt(257) if name == "score.weight" else want
+            want = 0.05 / math.sqrt(2 * 8) if name.endswith("proj.weight") else 0.05  # 0.8/√256
+            want = 0.01 if name == "score.weight" else want
             draws = parameter.numel()
             assert parameter.std().item() == pytest.approx(want, rel=6 / math.sqrt(2 * draws)), name
             assert abs(parameter.mean().item()) < 6 * want / math.sqrt(draws), name
@@ -399,11 +491,20 @@ def test_initial_weights():
     assert len(projections) == 2 * 8
 
 
-def test_an_untrained_model_predicts_almost_uniformly():
-    model = GPT(CONFIG)
-    init_weights(model, seed=3)
-    loss = -model.logits(model(tokens_of(8, 24))).log_softmax(-1).gather(2, tokens_of(8, 24, seed=1)[..., None]).mean()
-    assert loss.item() == pytest.approx(math.log(CONFIG.vocab_size), abs=0.1)
+@torch.no_grad()
+@pytest.mark.parametrize("width", [32, 128])
+def test_an_untrained_model_knows_nothing_and_its_width_does_not_matter(width):
+    # Hidden states leave the last norm with deviation 1, so that logits have 0.8, and random targets cost about half
+    # its square more than the uniform log V.
+    losses, deviations = [], []
+    for seed in range(12):
+        model = GPT(dataclasses.replace(CONFIG, n_embd=width))
+        init_weights(model, seed)
+        logits = model.logits(model(tokens_of(8, 24)))
+        losses.append(-logits.log_softmax(-1).gather(2, tokens_of(8, 24, seed=1)[..., None]).mean())
+        deviations.append(logits.std())
+    assert torch.stack(losses).mean().item() == pytest.approx(math.log(CONFIG.vocab_size) + 0.8**2 / 2, abs=0.1)
+    assert torch.stack(deviations).mean().item() == pytest.approx(0.8, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", [GPT, ScalarModel])
@@ -429,6 +530,7 @@ def test_a_fresh_head_leaves_the_trunk_alone(gpt):
     one = model.score.weight.clone()
     init_head(model, torch.Generator().manual_seed(5))
     assert torch.equal(one, model.score.weight)
+    assert 0 < one.abs().max() < 0.05  # scores start near 0
     assert all(torch.equal(a, b) for a, b in zip(model.trunk.parameters(), gpt.parameters()))
 
 

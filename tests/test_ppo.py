@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import minirlhf.ppo as ppo
 from minirlhf import InputError
-from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights
+from minirlhf.model import GPT, GPTConfig, ScalarModel, adamw, clone, init_weights
 from minirlhf.ppo import (
     PPOConfig,
     adapt_kl_coef,
@@ -172,6 +172,66 @@ def test_in_the_loss_k2_and_exact_have_the_gradient_of_the_kl_and_k1_has_none():
     torch.testing.assert_close(average("exact"), expected)
     torch.testing.assert_close(average("k1"), torch.zeros(8, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(average("k3"), logp.exp() - logq.exp())  # the gradient of KL(π_ref‖π)
+
+
+def test_which_places_and_estimators_have_the_true_gradient_of_the_kl():
+    # Every response of two tokens out of three, so that the expected gradient is a sum and not a sample. The second
+    # token's distribution depends on the first, whose choice therefore has an effect on the KL to come.
+    x0, x1, y0, y1 = (randn(seed, *shape) for seed, shape in enumerate([(3,), (3, 3), (3,), (3, 3)]))
+    first, second = (torch.arange(3).repeat_interleave(3), torch.arange(3).repeat(3))
+    parameters = [x0.requires_grad_(True), x1.requires_grad_(True)]
+
+    def distributions(a, b):  # of either token, in all nine responses: (9, 2, 3)
+        return torch.stack([torch.log_softmax(a, -1).expand(9, 3), torch.log_softmax(b, -1)[first]], dim=1)
+
+    everything, ref_everything = distributions(x0, x1), distributions(y0, y1)
+    drawn = torch.stack([first, second], dim=1)[..., None]
+    logp, logq = (d.gather(-1, drawn).squeeze(-1) for d in (everything, ref_everything))  # (9, 2)
+    exact = (everything.exp() * (everything - ref_everything)).sum(-1)
+    other_way = (ref_everything.exp() * (ref_everything - everything)).sum(-1)
+    p = logp.sum(-1).exp()
+
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+
+    def expected(kl_in, estimator):
+        terms = kl_terms(logp, logq, exact, estimator)
+        mask = torch.ones(9, 2, dtype=torch.bool)
+        rewards = shape_rewards(torch.zeros(9).double(), terms.detach(), mask, 1.0 if kl_in != "loss" else 0.0)
+        advantages, _ = gae(rewards, torch.zeros(9, 2).double(), mask, 1.0, 1.0)
+        loss = policy_loss(logp, logp.detach(), advantages, 0.2) + (terms if kl_in != "reward" else 0.0)
+        return gradient((p.detach() * loss.sum(-1)).sum())
+
+    true = gradient((p * (logp - logq).sum(-1)).sum())
+    a_token = gradient((p.detach() * exact.sum(-1)).sum())
+    turned_around = gradient((p.detach() * other_way.sum(-1)).sum())
+    assert min((true - a_token).abs().max(), (a_token - turned_around).abs().max(), a_token.abs().max()) > 0.01
+    for kl_in, estimator, want in (
+        ("reward", "k1", true),
+        ("both", "k1", true),
+        ("both", "exact", true),
+        ("loss", "k2", a_token),
+        ("loss", "exact", a_token),
+        ("loss", "k3", turned_around),
+        ("loss", "k1", torch.zeros(12).double()),  # refused
+        ("reward", "exact", true - a_token),  # refused
+    ):
+        torch.testing.assert_close(expected(kl_in, estimator), want, msg=lambda m, n=(kl_in, estimator): f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("kl_in", "estimator", "why"),
+    [
+        ("loss", "k1", "whose expected gradient is zero; use k2 or exact in the loss, or k1 in the reward"),
+        ("reward", "exact", "lacks the gradient of each token's own KL"),
+    ],
+)
+def test_a_kl_without_its_gradient_is_refused(kl_in, estimator, why):
+    with pytest.raises(InputError) as caught:
+        PPOConfig(kl_in=kl_in, kl_estimator=estimator)
+    message = str(caught.value)
+    assert f"--kl-in {kl_in} " in message and f"--kl-estimator {estimator}" in message and why in message
+    assert "; use " in message and "\n" not in message
 
 
 # --- rewards, advantages ----------------------------------------------------------------------------------------------
@@ -560,8 +620,14 @@ def by_hand(policy, ref, critic, episodes, config):
     return loss / n, metrics
 
 
-@pytest.mark.parametrize("kl_in", ["reward", "loss", "both"])
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+@pytest.mark.parametrize(
+    ("kl_in", "estimator"),
+    [
+        *(("reward", estimator) for estimator in ("k1", "k2", "k3")),
+        *(("loss", estimator) for estimator in ("k2", "k3", "exact")),
+        *(("both", estimator) for estimator in ("k1", "k2", "k3", "exact")),
+    ],
+)
 @pytest.mark.parametrize("shared", [False, True], ids=["separate", "shared"])
 def test_one_step_by_hand(tiny, tiny_tokenizer, tmp_path, plain_descent, kl_in, estimator, shared):
     make = shared_critic if shared else separate_critic
@@ -815,9 +881,34 @@ def test_updates_end_when_the_policy_has_moved_far(tiny, tiny_tokenizer, tmp_pat
     _, free = learn(tmp_path / "free", tiny, tiny_tokenizer, **options)
     assert [row["updates"] for row in free] == [8, 8, 8]
     _, stopped = learn(tmp_path / "stopped", tiny, tiny_tokenizer, **options, stop_kl=1e-3)
-    assert all(1 < row["updates"] < 8 for row in stopped)
+    assert all(1 <= row["updates"] < 7 for row in stopped)
     _, never = learn(tmp_path / "never", tiny, tiny_tokenizer, **options, stop_kl=1e6)
     assert [row["updates"] for row in never] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_the_step_that_would_go_too_far_is_not_taken(tiny, tiny_tokenizer, tmp_path, monkeypatch, critic):
+    moved, kls = [], []
+
+    def spied_adamw(model, *args):
+        optimizer = adamw(model, *args)
+        optimizer.register_step_post_hook(lambda *_: moved.append(len(kls)))
+        return optimizer
+
+    def spied_loss(new, old, *rest):
+        kls.append((torch.expm1(new - old) - (new - old)).mean().item())
+        return policy_loss(new, old, *rest)
+
+    monkeypatch.setattr(ppo, "adamw", spied_adamw)
+    monkeypatch.setattr(ppo, "policy_loss", spied_loss)
+    options = {"steps": 1, "epochs": 4, "minibatches": 2, "warmup_steps": 0, "lr": 3e-2, "critic": critic}
+    metrics, _ = learn(tmp_path / "run", tiny, tiny_tokenizer, **options, stop_kl=1e-3)
+    assert 1 < len(kls) < 8
+    assert max(kls[:-1]) <= 1e-3 < kls[-1]
+    a_step = [look for look in range(1, len(kls)) for _ in range(2 if critic == "separate" else 1)]
+    assert moved == a_step  # neither network moves after the last look
+    assert metrics["updates"] == len(kls) - 1
+    assert metrics["old_kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-3)  # which counts in the means
 
 
 def test_bf16_runs_within_its_noise_floor(tiny, tiny_tokenizer, tmp_path):

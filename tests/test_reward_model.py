@@ -292,20 +292,39 @@ def test_too_many_ties_name_the_record(tiny_tokenizer):
         tokenise([many], tiny_tokenizer, CONTEXT)
 
 
+def sequences(batch):
+    """The prompts with their responses that a batch holds: the tokens that each one's last token may look at."""
+    found = []
+    for end in batch.packed.ends.tolist():
+        row, column = divmod(end, batch.packed.tokens.shape[1])
+        found.append(tuple(batch.packed.tokens[row][batch.packed.attend[row, 0, column]].tolist()))
+    return found
+
+
 def test_a_batch_keeps_every_ranking_and_knows_its_rows(tiny_tokenizer):
     ranked, _ = tokenise(RANKINGS, tiny_tokenizer, CONTEXT)
     batch = collate_rankings(ranked, tiny_tokenizer.eot)
-    assert len(batch.tokens) == sum(len(r.responses) for r in RANKINGS)
+    held = sequences(batch)
+    assert len(held) == sum(len(r.responses) for r in RANKINGS)
     found = []
     for rows_of, ranks in batch.groups:
         assert rows_of.shape[1] == len(ranks)
         for one in rows_of.tolist():
-            found.append((ranks, tuple(tuple(batch.tokens[row][batch.mask[row]].tolist()) for row in one)))
+            found.append((ranks, tuple(held[row] for row in one)))
     expected = [(one.ranks, tuple(tuple(example.tokens) for example in one.examples)) for one in ranked]
     assert sorted(found) == sorted(expected)
     assert len(batch.groups) == len({one.ranks for one in ranked})  # (1, 2) occurs twice and is one group
     used = sorted(row for rows_of, _ in batch.groups for row in rows_of.flatten().tolist())
-    assert used == list(range(len(batch.tokens)))
+    assert used == list(range(len(held)))
+
+
+def test_a_ranking_is_one_row_in_which_its_prompt_stands_once(tiny_tokenizer):
+    ranked, _ = tokenise([RANKINGS[0], RANKINGS[6]], tiny_tokenizer, CONTEXT)
+    batch = collate_rankings(ranked, tiny_tokenizer.eot)
+    for one, row in zip(ranked, batch.packed.tokens.tolist(), strict=True):
+        start = one.examples[0].start
+        own = [*one.examples[0].tokens[:start], *(token for e in one.examples for token in e.tokens[start:])]
+        assert row == own + [tiny_tokenizer.eot] * (len(row) - len(own))
 
 
 def test_the_score_stands_at_the_last_token_whatever_the_batch(tiny, tiny_tokenizer):
@@ -334,8 +353,30 @@ def test_batches_are_a_pure_function_of_seed_and_step(tiny_tokenizer):
     again, _ = made(1)
     for step in (5, 0, 3):
         for a, b in zip(again(step), in_order[step], strict=True):
-            assert torch.equal(a.tokens, b.tokens) and str(a.groups) == str(b.groups)
-    assert any(str(made(2)[0](step)) != str(in_order[step]) for step in range(6))
+            assert all(torch.equal(own, others) for own, others in zip(a.packed, b.packed, strict=True))
+            assert str(a.groups) == str(b.groups)
+    other, _ = made(2)
+    assert any([sequences(a) for a in other(s)] != [sequences(b) for b in in_order[s]] for s in range(6))
+
+
+def test_batches_are_of_any_lengths_and_sorted_inside(tiny_tokenizer):
+    # Drawn by length, a batch of 4 out of these would hold long rankings only, or short ones.
+    rankings = [Ranking(f"{i}", (" a" * (1 + i % 20), " b"), (1, 2)) for i in range(200)]
+    config = RewardModelConfig(batch_size=4, microbatch_size=2)
+    batch_at, held_out = batches(rankings, rankings[:9], tiny_tokenizer, CONTEXT, config, seed=0)
+    steps = [batch_at(step) for step in range(50)]
+    own, spreads = [], []
+    for pieces in steps:
+        better = [sequence for piece in pieces for sequence in sequences(piece)[::2]]
+        lengths = [len(sequence) for sequence in better]
+        assert lengths == sorted(lengths)
+        own += better
+        spreads.append(lengths[-1] - lengths[0])
+    assert len(set(own)) == 200  # an epoch sees each once
+    assert sum(spreads) / 50 > 8  # of 19; by length, about 0
+    assert [len(piece.packed.tokens) for piece in held_out] == [2, 2, 2, 2, 1]
+    lengths = [len(sequence) for piece in held_out for sequence in sequences(piece)[::2]]
+    assert lengths == sorted(lengths)
 
 
 def test_pair_accuracy_by_hand(tiny, tiny_tokenizer, monkeypatch):
@@ -343,7 +384,7 @@ def test_pair_accuracy_by_hand(tiny, tiny_tokenizer, monkeypatch):
     worth = {tiny_tokenizer.encode(letter)[0]: score for letter, score in (("a", 3.0), ("b", 2.0), ("c", 1.0))}
 
     def scores(model, batch):
-        return torch.tensor([next(worth[t] for t in row.tolist() if t in worth) for row in batch.tokens])
+        return torch.tensor([next(worth[t] for t in sequence if t in worth) for sequence in sequences(batch)])
 
     monkeypatch.setattr(reward_model, "score_batch", scores)
     rankings = [
@@ -358,6 +399,8 @@ def test_pair_accuracy_by_hand(tiny, tiny_tokenizer, monkeypatch):
     for size in (1, 2, 6):
         parts = [collate_rankings(ranked[i : i + size], tiny_tokenizer.eot) for i in range(0, 6, size)]
         assert pair_accuracy(tiny(), parts) == pytest.approx(7.5 / 11)
+    assert math.isnan(pair_accuracy(tiny(), [collate_rankings(ranked[5:], tiny_tokenizer.eot)]))
+    assert math.isnan(pair_accuracy(tiny(), []))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -477,6 +520,14 @@ def test_data_without_any_preference_is_refused(tiny_tokenizer):
     with pytest.raises(InputError, match=r"^pairs\.jsonl: all responses are tied"):
         batches(tied, RANKINGS, tiny_tokenizer, CONTEXT, CONFIG, 0)
     batches([*tied, RANKINGS[0]], tied, tiny_tokenizer, CONTEXT, CONFIG, 0)  # some may say nothing
+
+
+def test_an_accuracy_that_nothing_held_out_can_show_is_logged_as_none(tiny, tiny_tokenizer, tmp_path):
+    tied = [Ranking("Q", (" a", " b"), (1, 1))]
+    metrics = train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, held_out=tied)
+    assert math.isnan(metrics["held_out_accuracy"])
+    logged = rows(tmp_path / "run")
+    assert [row["held_out_accuracy"] for row in logged if "held_out_accuracy" in row] == [None] * 3
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,8 @@ def test_nothing_is_written_before_the_first_step(tmp_path, tiny):
     assert not run.finished
     run.samples(0, [{"prompt": "a", "response": "é\u2028b", "reward": 0.5}])
     assert rows(out, "samples.jsonl") == [{"step": 0, "prompt": "a", "response": "é\u2028b", "reward": 0.5}]
+    run.samples(1, [])
+    assert len(rows(out, "samples.jsonl")) == 1
     run.checkpoint(1, model=tiny[0])
     assert (out / "state" / "checkpoint.safetensors").exists()
     run.finish(*tiny)
@@ -176,6 +178,37 @@ def test_overwriting_waits_for_the_first_step(tmp_path, tiny):
     run.log(1, {"loss": 1.0})
     assert len(rows(out)) == 2
     assert read_run(out)["script"] == "train_other.py"
+
+
+@pytest.mark.parametrize("moment", ["renamed", "half removed", "removed"])
+def test_killed_while_overwriting_it_leaves_no_half_of_a_run(tmp_path, tiny, monkeypatch, moment):
+    out = finished_run(tmp_path / "run", tiny)
+    (tmp_path / "other.txt").write_text("not ours")
+    before = files(out)
+    rmtree, calls = shutil.rmtree, []
+
+    def killed(folder, *args, **kwargs):
+        if not Path(folder).exists():
+            return
+        calls.append(folder)
+        if moment == "half removed":
+            (Path(folder) / "model.safetensors").unlink()
+        if moment == "removed":
+            rmtree(folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Run(Args(out=out, overwrite=True), "train_x.py", 1).log(0, {"loss": 1.0})
+    assert len(calls) == 1 and calls[0] != out
+    assert not out.exists() or files(out) == before
+
+    finished_run(out, tiny, seed=1)  # the name is free again, for a run without any flag
+    assert read_run(out)["seed"] == 1
+    finished_run(out, tiny, seed=2, overwrite=True)  # and what the killed run left goes with the next that is replaced
+    assert read_run(out)["seed"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "run"]
 
 
 def test_a_finished_run_has_nothing_to_resume(tmp_path, tiny):
@@ -377,6 +410,24 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, damage):
     refused(lambda: run.restore(module=toy()), str(path), "--overwrite")
 
 
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), "size mismatch for 2."),
+        (lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)), "Unexpected key(s) in state_dict"),
+        (lambda: nn.Sequential(*toy(), nn.Linear(1, 1)), 'Missing key(s) in state_dict: "3.weight"'),
+    ],
+    ids=["another width", "a layer less", "a layer more"],
+)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, other, what):
+    out = tmp_path / "run"
+    Run(Args(out=out, checkpoint_every=1), "t.py", 9).checkpoint(1, policy=toy())
+    run = Run(Args(out=out, resume=True), "t.py", 9)
+    path = out / "state" / "checkpoint.safetensors"
+    refused(lambda: run.restore(policy=other()), f"{path}: does not fit the policy of this run", what, "--overwrite")
+    assert run.restore(policy=toy()) == 1
+
+
 def test_killed_before_its_first_checkpoint_starts_again(tmp_path):
     out = tmp_path / "run"
     run = Run(Args(out=out), "t.py", 9)
@@ -405,12 +456,13 @@ def test_progress_shows_the_chosen_metrics_to_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "console", Console(file=screen, force_terminal=True, width=200))
     run = Run(Args(out=tmp_path / "run"), "t.py", 3)
     for step in run.range(0):
-        run.log(step, {"loss": 1.25, "kl": torch.tensor(0.5), "gold": None, "other": 7.0}, show=("loss", "kl", "gold"))
+        metrics = {"loss": 1.25, "kl": torch.tensor(0.5), "gold": None, "none": math.nan, "other": 7.0}
+        run.log(step, metrics, show=("loss", "kl", "gold", "none"))
         run.progress.refresh()
     assert "loss 1.250  kl 0.500" in screen.getvalue()
     assert "7.000" not in screen.getvalue()
-    assert "gold" not in screen.getvalue()
-    assert rows(tmp_path / "run")[2] == {"step": 2, "loss": 1.25, "kl": 0.5, "gold": None, "other": 7.0}
+    assert "gold" not in screen.getvalue() and "none" not in screen.getvalue() and "nan" not in screen.getvalue()
+    assert rows(tmp_path / "run")[2] == {"step": 2, "loss": 1.25, "kl": 0.5, "gold": None, "none": None, "other": 7.0}
 
 
 def test_steps_come_in_order_and_are_announced(tmp_path, capsys):
@@ -493,6 +545,24 @@ def test_a_missing_default_input_is_trained_first(tmp_path, capfd):
     assert "is not finished" in " ".join(capfd.readouterr().out.split())
 
 
+def test_the_script_of_a_default_input_is_found_beside_the_one_that_runs(tmp_path, monkeypatch, capfd):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "fake.py").write_text(FAKE_SCRIPT)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "argv", ["../scripts/train_x.py"])
+    ensure_run(Path("runs/one"), "fake.py", "runs/one")
+    assert Path("runs/one/arguments").exists()
+    assert "runs/one does not exist yet: running python ../scripts/fake.py runs/one" in " ".join(
+        capfd.readouterr().out.split()
+    )
+
+    Path("fake.py").write_text(FAKE_SCRIPT.replace("arguments", "nearer", 1))  # the one at hand comes first
+    ensure_run(Path("runs/two"), "fake.py", "runs/two")
+    assert Path("runs/two/nearer").exists()
+    assert "running python fake.py runs/two" in " ".join(capfd.readouterr().out.split())
+
+
 def test_a_default_input_that_cannot_be_trained_is_an_error(tmp_path):
     script, folder = tmp_path / "fake.py", tmp_path / "sft"
     script.write_text(FAKE_SCRIPT)
@@ -557,6 +627,14 @@ def test_help_names_every_flag(monkeypatch, capsys):
     out = capsys.readouterr().out
     for flag in ("--out", "--seed", "--device", "--dtype", "--checkpoint-every", "--resume", "--overwrite", "--beta"):
         assert flag in out
+
+
+def test_usage_names_the_command_as_it_is_called(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["module.py", "--help"])
+    for prog, name in ((None, "usage: module.py "), ("python -m pkg.module", "usage: python -m pkg.module ")):
+        with pytest.raises(SystemExit):
+            cli(lambda args: None, Args, prog=prog)
+        assert capsys.readouterr().out.startswith(name)
 
 
 def test_other_errors_are_not_hidden(monkeypatch):

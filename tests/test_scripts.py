@@ -173,6 +173,16 @@ def test_ppo_keeps_samples(in_chain):
         assert "Customer" in row["prompt"]
 
 
+@pytest.mark.parametrize(("name", "count"), [("pretrain", 1), ("sft", 3), ("dpo", 3), ("dpo-file", 3)])
+def test_what_a_run_says_in_the_end_is_kept(in_chain, name, count):
+    samples = rows(f"runs/{name}/samples.jsonl")
+    assert [row["step"] for row in samples] == [STEPS] * count
+    for row in samples:
+        assert row.keys() == {"step", "prompt", "response"}
+        assert row["prompt"].startswith("Customer: ") or name == "pretrain"
+    assert len({row["response"] for row in samples}) == count
+
+
 def test_pretraining_lowers_the_loss(in_chain):
     metrics = rows("runs/pretrain/metrics.jsonl")
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1
@@ -349,7 +359,8 @@ def test_overwriting_replaces_a_run(in_chain, call, tmp_path):
     (tmp_path / "run" / "samples.jsonl").write_text("old\n")
     call(script, *arguments, "--out", tmp_path / "run", "--overwrite")
     assert weights(tmp_path / "run") == weights("runs/sft")
-    assert not (tmp_path / "run" / "samples.jsonl").exists()
+    assert rows(tmp_path / "run" / "samples.jsonl") == rows("runs/sft/samples.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # nothing of the old one is left
 
 
 # --- a fresh clone ----------------------------------------------------------------------------------------------------
@@ -501,6 +512,27 @@ def test_fine_tuning_on_demonstrations(data, call, tiny_run, tiny_tokenizer, fil
     assert [row["tokens"] for row in trained(data / "out", tiny_run)] == [sum(answers)] * 2  # the responses', no more
 
 
+@pytest.mark.parametrize("kind", ["pairs", "transcripts", "rankings"])
+def test_fine_tuning_on_what_people_liked_best(data, call, tiny_run, kind):
+    """The chosen response of each record, as if it were a demonstration, and no other."""
+
+    def best(record):
+        ranked = zip(record.get("responses", ()), record.get("ranking", ()))
+        return record.get("chosen") or min(ranked, key=lambda pair: pair[1])[0]
+
+    if kind == "transcripts":
+        shown = [{"prompt": chosen[: -len(" I apologise.")], "response": " I apologise."}
+                 for chosen in map(best, KINDS[kind])]  # fmt: skip
+    else:
+        shown = [{"prompt": record["prompt"], "response": best(record)} for record in KINDS[kind]]
+    write("shown.jsonl", shown)
+    for file in (kind, "shown"):
+        call("train_sft", "--data", f"{file}.jsonl", "--init", tiny_run, "--out", f"out-{file}", "--steps", 2,
+             "--batch-size", 8, "--held-out", 0)  # fmt: skip
+    trained(data / f"out-{kind}", tiny_run)
+    assert weights(f"out-{kind}") == weights("out-shown")
+
+
 def test_fresh_weights_may_use_a_tokenizer_that_is_there(data, call, tiny_run, tiny_tokenizer):
     call("train_sft", "--data", "text.jsonl", "--tokenizer", tiny_run, "--out", "out", *SMALL, "--steps", 1,
          "--n-positions", 32)  # fmt: skip
@@ -515,6 +547,20 @@ def test_a_reward_model_from_preferences(data, call, tiny_run, kind):
     assert metrics[-1]["loss"] < metrics[0]["loss"]
     assert 0 <= metrics[-1]["held_out_accuracy"] <= 1
     load_run("out", scalar=True)
+
+
+def test_an_accuracy_that_nothing_held_out_can_show_is_not_printed(data, call, tiny_run, capsys):
+    tied = [record | {"ranking": [1] * 4} for record in KINDS["rankings"][:-2]]
+    write("tied.jsonl", tied + KINDS["rankings"][-2:])
+    for seed in range(20):  # until the one that is held out is tied
+        call("train_rm", "--data", "tied.jsonl", "--init", tiny_run, "--out", "out", "--steps", 2, "--batch-size", 8,
+             "--held-out", 0.1, "--seed", seed, "--overwrite")  # fmt: skip
+        if trained(data / "out", tiny_run)[-1]["held_out_accuracy"] is None:
+            break
+    else:
+        pytest.fail("no seed held out a tied record")
+    said = words(capsys.readouterr().out).rpartition("train_rm.py")[2]
+    assert "2 steps in" in said and "accuracy" not in said and "nan" not in said
 
 
 @pytest.mark.parametrize("kind", ["pairs", "transcripts", "rankings"])
@@ -613,8 +659,8 @@ def test_ppo_with_other_options_can_be_resumed_too(data, call, tiny_run, reward,
 def test_ppo_earns_more_of_a_simple_reward(data, call, tiny_run, reward):
     """The whole loop in small: responses come to hold more of what is paid for."""
     call("train_ppo", "--prompts", "prompts.jsonl", "--init", tiny_run, "--reward", "my_letters:letters",
-         "--out", "out", "--response-tokens", 8, "--batch-size", 48, "--steps", 12, "--lr", 5e-3,
-         "--kl-coef", 0)  # fmt: skip
+         "--out", "out", "--response-tokens", 8, "--batch-size", 48, "--epochs", 4, "--minibatches", 4, "--steps", 12,
+         "--lr", 5e-3, "--kl-coef", 0, "--missing-eot-penalty", 0)  # fmt: skip
     rewards = [row["reward"] for row in trained(data / "out", tiny_run)]
     assert sum(rewards[-3:]) > 2 * sum(rewards[:3])
 
@@ -632,6 +678,30 @@ def test_every_argument_is_explained(commands, monkeypatch, capsys, script):
     for flag in ("--out", "--seed", "--device", "--dtype", "--kernel", "--resume", "--overwrite", "--steps", "--lr"):
         assert f"{flag} " in said
     assert commands[script].Args.__doc__ in words(said)
+
+
+@pytest.mark.parametrize("name", ["generate", "rewards", "evaluate"])
+def test_a_module_says_how_it_is_called(tmp_path, name):
+    command = [sys.executable, "-m", f"minirlhf.{name}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: python -m minirlhf.{name} ")
+
+
+def test_a_script_is_found_from_any_directory(tmp_path, monkeypatch, commands, capfd):
+    """`python somewhere/train_dpo.py` trains what it needs first with the scripts that are there."""
+    for name in ("train_sft", "train_dpo"):
+        (tmp_path / f"{name}.py").write_text("import sys\nprint('ran', *sys.argv[1:])\nsys.exit(7)\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(sys, "argv", ["../train_dpo.py", "--n", "20"])
+    with pytest.raises(SystemExit) as ended:
+        cli(commands["train_dpo"].main, commands["train_dpo"].Args)
+    assert ended.value.code == 2
+    out, err = capfd.readouterr()
+    assert "runs/sft does not exist yet: running python ../train_sft.py --seed 0" in words(out)
+    assert "ran --seed 0" in out
+    assert err.startswith("error: runs/sft could not be trained (../train_sft.py ended with code 7)")
 
 
 def test_importing_a_script_starts_nothing(tmp_path, monkeypatch):
