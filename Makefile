@@ -16,24 +16,29 @@ install: .venv/installed
 
 # `make demo QUICK=1` runs the same commands for a few steps: it shows that they work, not what they can do.
 ifdef QUICK
-PRETRAIN := --steps 30
-SFT := --steps 30
-RM := --steps 20
-PPO := --steps 3
-DPO := --steps 10
-EVALUATE := --n 32
+PRETRAIN_ARGS := --steps 30
+SFT_ARGS := --steps 30
+RM_ARGS := --steps 20
+PPO_ARGS := --steps 3
+DPO_ARGS := --steps 10
+EVALUATE_ARGS := --n 32
 else
-PRETRAIN := --steps 650
+PRETRAIN_ARGS := --steps 650
+SFT_ARGS :=
+RM_ARGS :=
+PPO_ARGS :=
+DPO_ARGS :=
+EVALUATE_ARGS :=
 endif
 
 # Each command is printed before it runs, so that you can run it alone afterwards.
 demo: install
-	$(BIN)/python train_sft.py --data helpdesk:corpus --lr 4e-3 $(PRETRAIN) --out $(RUNS)/pretrain --seed $(SEED) --overwrite
-	$(BIN)/python train_sft.py --init $(RUNS)/pretrain $(SFT) --out $(RUNS)/sft --seed $(SEED) --overwrite
-	$(BIN)/python train_rm.py --init $(RUNS)/sft $(RM) --out $(RUNS)/rm --seed $(SEED) --overwrite
-	$(BIN)/python train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm $(PPO) --out $(RUNS)/ppo --seed $(SEED) --overwrite
-	$(BIN)/python train_dpo.py --init $(RUNS)/sft $(DPO) --out $(RUNS)/dpo --seed $(SEED) --overwrite
-	$(BIN)/python -m minirlhf.evaluate $(RUNS)/ppo $(RUNS)/dpo --baseline $(RUNS)/sft --reward $(RUNS)/rm $(EVALUATE) --out $(RUNS)/report --seed $(SEED)
+	$(BIN)/python train_sft.py --data helpdesk:corpus --lr 4e-3 $(PRETRAIN_ARGS) --out $(RUNS)/pretrain --seed $(SEED) --overwrite
+	$(BIN)/python train_sft.py --init $(RUNS)/pretrain $(SFT_ARGS) --out $(RUNS)/sft --seed $(SEED) --overwrite
+	$(BIN)/python train_rm.py --init $(RUNS)/sft $(RM_ARGS) --out $(RUNS)/rm --seed $(SEED) --overwrite
+	$(BIN)/python train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm $(PPO_ARGS) --out $(RUNS)/ppo --seed $(SEED) --overwrite
+	$(BIN)/python train_dpo.py --init $(RUNS)/sft $(DPO_ARGS) --out $(RUNS)/dpo --seed $(SEED) --overwrite
+	$(BIN)/python -m minirlhf.evaluate $(RUNS)/ppo $(RUNS)/dpo --baseline $(RUNS)/sft --reward $(RUNS)/rm $(EVALUATE_ARGS) --out $(RUNS)/report --seed $(SEED)
 
 test: install
 	$(BIN)/python -m pytest
