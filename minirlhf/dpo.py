@@ -37,7 +37,7 @@ Loss = Literal["sigmoid", "ipo", "hinge"]
 class DPOConfig:
     """How to run DPO."""
 
-    steps: int = 240
+    steps: int = 200
     """Optimiser steps."""
     batch_size: int = 32
     """Pairs a step."""
@@ -64,7 +64,7 @@ class DPOConfig:
     """Average log-probs over the response's tokens instead of summing them (for IPO)."""
     held_out: float = 0.05
     """Share of the records kept for the held-out accuracy."""
-    eval_every: int = 120
+    eval_every: int = 100
     """Steps between held-out accuracies."""
 
     def __post_init__(self):

@@ -45,13 +45,13 @@ NOISE_FLOOR = {"fp32": 1e-3, "bf16": 0.25}  # nats a token that sampling and tra
 class PPOConfig:
     """How to run PPO."""
 
-    steps: int = 34
+    steps: int = 28
     """Rollouts, each followed by its updates."""
     batch_size: int = 64
     """Responses a rollout."""
     responses_per_prompt: int = 1
     """Responses drawn to each prompt."""
-    epochs: int = 2
+    epochs: int = 3
     """Passes over a rollout."""
     minibatches: int = 2
     """Optimiser steps in a pass."""
@@ -61,7 +61,7 @@ class PPOConfig:
     """Response limit in tokens: a number, or LOW:HIGH to draw one for each response."""
     temperature: float = 1.0
     """Of the sampling, and of every log-prob."""
-    lr: float = 5e-4
+    lr: float = 3e-4
     """Peak learning rate of the policy; falls along half a cosine to a tenth."""
     critic_lr: float = 1e-3
     """Peak learning rate of a separate critic."""
@@ -85,7 +85,7 @@ class PPOConfig:
     """GAE's λ: 1 trusts the rewards seen, 0 the critic."""
     whiten: bool = True
     """Advantages to mean 0 and deviation 1 over the rollout."""
-    kl_coef: float = 0.05
+    kl_coef: float = 0.1
     """β, the price of a nat of KL(π‖π_ref), in units of the score."""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """Of the KL that is paid for; all of them are logged."""
