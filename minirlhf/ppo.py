@@ -45,7 +45,7 @@ NOISE_FLOOR = {"fp32": 1e-3, "bf16": 0.25}  # nats a token that sampling and tra
 class PPOConfig:
     """How to run PPO."""
 
-    steps: int = 28
+    steps: int = 34
     """Rollouts, each followed by its updates."""
     batch_size: int = 64
     """Responses a rollout."""
