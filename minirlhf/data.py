@@ -536,6 +536,9 @@ class Packed(NamedTuple):
     positions: Int[Tensor, "B T"]  # of each token in its own sequence
     attend: Bool[Tensor, "B 1 T T"]  # True where a token (third axis) may look (fourth): back along its own sequence
     ends: Int[Tensor, " N"]  # where the sequences' last tokens stand in the flattened (B·T)
+    predictors: Int[Tensor, " M"]  # where the token before each response token stands there, sequence after sequence
+    targets: Int[Tensor, " M"]  # the response tokens themselves
+    owners: Int[Tensor, " M"]  # which of the N sequences each belongs to
 
 
 def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
@@ -548,7 +551,7 @@ def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
         groups: B groups of examples, N in all, usually responses to one prompt.
         fill: id for the padding on the right.
     """
-    rows, ends = [], []
+    rows, ends, counted = [], [], []
     for group in groups:
         sequences = [example.tokens for example in group]
         # Each keeps a last token of its own, even one with which another goes on.
@@ -556,11 +559,22 @@ def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
         shared = next(differ, min(map(len, sequences)) - 1)
         row = [(token, at, 0) for at, token in enumerate(sequences[0][:shared])]
         for k, sequence in enumerate(sequences, start=1):
+            skipped = len(row) - shared  # from a token's place in its own sequence to its place in the row
             row += [(token, at, k) for at, token in enumerate(sequence[shared:], start=shared)]
+            for at in range(max(group[k - 1].start, 1), len(sequence)):  # nothing predicts a first token
+                before = at - 1 if at <= shared else at - 1 + skipped
+                counted.append((len(rows), before, sequence[at], len(ends)))
             ends.append((len(rows), len(row) - 1))
         rows.append(row)
     width = max(map(len, rows))
     table = torch.tensor([row + [(fill, 0, -1)] * (width - len(row)) for row in rows])  # (B, T, 3)
     tokens, positions, part = table.unbind(-1)
     looks = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
-    return Packed(tokens, positions, looks.tril()[:, None], torch.tensor([b * width + t for b, t in ends]))
+    ends = torch.tensor([b * width + t for b, t in ends])
+    b, before, targets, owners = torch.tensor(counted).reshape(-1, 4).unbind(-1)
+    return Packed(tokens, positions, looks.tril()[:, None], ends, b * width + before, targets, owners)
+
+
+def packed_length(group: Sequence[Example]) -> int:
+    """Tokens of the row that `pack` makes of responses to one prompt, counting the prompt once: what it costs."""
+    return group[0].start + sum(len(example.tokens) - example.start for example in group)

@@ -16,18 +16,19 @@ Source: Rafailov et al. 2023, "Direct Preference Optimization", eq. 7; the fall 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from minirlhf import InputError
-from minirlhf.data import Example, Ranking, batch_indices, collate, make_example
-from minirlhf.model import GPT, adamw, response_stats, scatter_counted
+from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack, packed_length
+from minirlhf.model import GPT, adamw
 from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
+from minirlhf.token_stats import token_stats
 from minirlhf.tokenizer import Tokenizer
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
@@ -39,10 +40,10 @@ class DPOConfig:
 
     steps: int = 200
     """Optimiser steps."""
-    batch_size: int = 32
-    """Pairs a step."""
-    microbatch_size: int = 16
-    """Pairs in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
+    batch_size: int = 12
+    """Records (rankings or pairs) a step; a ranking brings several pairs, and each response is computed once."""
+    microbatch_size: int = 0
+    """Records in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
     lr: float = 1.5e-4
     """Peak learning rate."""
     warmup_steps: int = 10
@@ -60,6 +61,8 @@ class DPOConfig:
     label_smoothing: float | None = None
     """The share of labels taken to be wrong (cDPO). For sigmoid, which alone knows of it, 0.1 unless another is given:
     people disagree, and 0 would trust every one of them."""
+    sft_coef: float = 0.0
+    """Weight of the chosen response's own cross-entropy, nats a token, which holds its log-prob up (RPO)."""
     average: bool = False
     """Average log-probs over the response's tokens instead of summing them (for IPO)."""
     held_out: float = 0.05
@@ -129,104 +132,113 @@ def preference_loss(
     return torch.relu(1 - beta * h)
 
 
-def sequence_logps(
-    model: GPT, tokens: Int[Tensor, "B T"], counted: Bool[Tensor, "B T"], average: bool = False, kernel: str = "auto"
-) -> Float[Tensor, " B"]:
-    """log π(y|x) = Σ_t log π(y_t|x, y_<t): (B, T) -> (B,), in nats; with `average`, nats a token."""
-    logprobs = scatter_counted(response_stats(model, tokens, counted, kernel=kernel).logprobs, counted[:, 1:])
-    total = logprobs.sum(-1)
-    return total / counted[:, 1:].sum(-1) if average else total
+def response_logps(model: GPT, packed: Packed, average: bool = False, kernel: str = "auto") -> Float[Tensor, " N"]:
+    """log π(y|x) = Σ_t log π(y_t|x, y_<t) of N packed responses, in nats; with `average`, nats a token."""
+    tokens, positions, attend, _, predictors, targets, owners = (part.to(model.wte.weight.device) for part in packed)
+    hidden = model(tokens, positions=positions, attend=attend).flatten(0, 1)  # (B·T, D)
+    logprobs = token_stats(model.logits(hidden.index_select(0, predictors)), targets, kernel=kernel).logprobs  # (M,)
+    total = logprobs.new_zeros(len(packed.ends)).index_add(0, owners, logprobs)
+    return total / owners.bincount(minlength=len(total)) if average else total
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-class PairExamples(NamedTuple):
-    """One preference, tokenised; both share their prompt."""
+class Compared(NamedTuple):
+    """One record, tokenised: the responses to a prompt, and which of them is preferred to which."""
 
-    chosen: Example
-    rejected: Example
-
-
-def pair_length(pair: PairExamples) -> int:
-    """Tokens of the longer one: what a row of the pair's batch costs."""
-    return max(len(pair.chosen.tokens), len(pair.rejected.tokens))
+    examples: list[Example]
+    pairs: list[tuple[int, int]]  # (chosen, rejected)
 
 
-class Pairs(NamedTuple):
-    """B pairs in one batch of 2B rows, so that one forward pass serves both: the chosen, then the rejected."""
+class Comparisons(NamedTuple):
+    """Some records in one batch, one a row: each response is computed once, whatever the pairs it stands in."""
 
-    tokens: Int[Tensor, "B2 T"]
-    counted: Bool[Tensor, "B2 T"]
-    index: list[int]  # which pair of the data each is, for the reference's cached log-probs
+    packed: Packed  # N responses
+    index: list[int]  # which response of the data each is, for the reference's cached log-probs
+    chosen: Int[Tensor, " P"]  # of each pair, its place among the N
+    rejected: Int[Tensor, " P"]
 
 
-def pairs_of(rankings: Sequence[Ranking], which: Literal["all", "best"] = "all") -> list[tuple[str, str, str]]:
-    """(prompt, chosen, rejected) of some rankings: all strictly ordered pairs, or the best against each worse one.
+def pairs_of(ranks: Sequence[int], which: Literal["all", "best"] = "all") -> list[tuple[int, int]]:
+    """(chosen, rejected) of a ranking: all its strictly ordered pairs, or the best against each worse one.
 
     Ties make no pair.
     """
     return [
-        (r.prompt, *((r.responses[i], r.responses[j]) if r.ranks[i] < r.ranks[j] else (r.responses[j], r.responses[i])))
-        for r in rankings
-        for i, j in combinations(range(len(r.ranks)), 2)
-        if r.ranks[i] != r.ranks[j] and (which == "all" or min(r.ranks) in (r.ranks[i], r.ranks[j]))
+        (i, j) if ranks[i] < ranks[j] else (j, i)
+        for i, j in combinations(range(len(ranks)), 2)
+        if ranks[i] != ranks[j] and (which == "all" or min(ranks) in (ranks[i], ranks[j]))
     ]
 
 
 def tokenise(
-    pairs: Sequence[tuple[str, str, str]], tokenizer: Tokenizer, context: int
-) -> tuple[list[PairExamples], int]:
-    """Token ids of (prompt, chosen, rejected), and how many had to be cut to the context."""
-    made, cut_pairs = [], 0
-    for prompt, *responses in pairs:
-        (chosen, cut), (rejected, cut_too) = (make_example(tokenizer, prompt, r, context) for r in responses)
-        made.append(PairExamples(chosen, rejected))
-        cut_pairs += cut or cut_too
-    return made, cut_pairs
+    rankings: Sequence[Ranking], tokenizer: Tokenizer, context: int, which: Literal["all", "best"] = "all"
+) -> tuple[list[Compared], int]:
+    """Token ids and pairs of some rankings, and how many of these had to be cut to the context."""
+    made, cut_records = [], 0
+    for ranking in rankings:
+        pieces = [make_example(tokenizer, ranking.prompt, response, context) for response in ranking.responses]
+        made.append(Compared([example for example, _ in pieces], pairs_of(ranking.ranks, which)))
+        cut_records += any(cut for _, cut in pieces)
+    return made, cut_records
 
 
-def collate_pairs(pairs: Sequence[PairExamples], index: Sequence[int], fill: int) -> Pairs:
-    """Chosen above rejected, right-padded."""
-    batch = collate([p.chosen for p in pairs] + [p.rejected for p in pairs], fill)
-    return Pairs(batch.tokens, batch.response_mask, list(index))
+class PreferenceData(NamedTuple):
+    """Records to train on, with the reference's log-probs."""
+
+    records: list[Compared]
+    starts: list[int]  # of each record, the place of its first response in `ref_logps`
+    ref_logps: Float[Tensor, " responses"]  # summed over the response
 
 
-class PairData(NamedTuple):
-    """Pairs to train on, with the reference's log-probs."""
-
-    examples: list[PairExamples]
-    ref_logps: Float[Tensor, "pairs 2"]  # of chosen and rejected, summed over the response
+def collate_records(data: PreferenceData, index: Sequence[int], fill: int) -> Comparisons:
+    """Records of the data in one right-padded batch."""
+    records, responses, pairs = [data.records[i] for i in index], [], []
+    for i, record in zip(index, records):
+        pairs += [(len(responses) + better, len(responses) + worse) for better, worse in record.pairs]
+        responses += range(data.starts[i], data.starts[i] + len(record.examples))
+    chosen, rejected = torch.tensor(pairs).unbind(-1)
+    return Comparisons(pack([record.examples for record in records], fill), responses, chosen, rejected)
 
 
 def with_reference(
-    ref: GPT, examples: list[PairExamples], fill: int, batch_size: int, average: bool, dtype: str, kernel: str
-) -> PairData:
-    """Run the reference once over all pairs; it never changes, so its log-probs are kept."""
-    device = ref.wte.weight.device
-    order = sorted(range(len(examples)), key=lambda i: pair_length(examples[i]))
-    logps = torch.zeros(len(examples), 2)
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        batch = collate_pairs([examples[i] for i in index], index, fill)
-        with torch.no_grad(), autocast(device, dtype):
-            both = sequence_logps(ref, batch.tokens.to(device), batch.counted.to(device), average, kernel)
-        logps[index] = both.float().cpu().view(2, -1).t()
-    return PairData(examples, logps)
+    ref: GPT, records: list[Compared], fill: int, batch_size: int, average: bool, dtype: str, kernel: str
+) -> PreferenceData:
+    """Run the reference once over all responses; it never changes, so its log-probs are kept."""
+    starts = list(accumulate((len(record.examples) for record in records), initial=0))
+    data = PreferenceData(records, starts[:-1], torch.zeros(starts[-1]))
+    for index in by_length(records, batch_size):
+        batch = collate_records(data, index, fill)
+        with torch.no_grad(), autocast(ref.wte.weight.device, dtype):
+            data.ref_logps[batch.index] = response_logps(ref, batch.packed, average, kernel).float().cpu()
+    return data
+
+
+def by_length(records: Sequence[Compared], batch_size: int) -> list[list[int]]:
+    """Places of the records, in batches of about equal length."""
+    order = sorted(range(len(records)), key=lambda i: packed_length(records[i].examples))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 def pair_metrics(
-    model: GPT, data: PairData, batch: Pairs, config: DPOConfig, kernel: str
-) -> tuple[Float[Tensor, " B"], dict[str, Float[Tensor, " B"]]]:
+    model: GPT, data: PreferenceData, batch: Comparisons, config: DPOConfig, kernel: str
+) -> tuple[Float[Tensor, " P"], dict[str, Float[Tensor, " P"]]]:
     """The loss of each pair, and what people look at: rewards β·logratio, margins, accuracy, log-probs apart."""
     device = model.wte.weight.device
-    both = sequence_logps(model, batch.tokens.to(device), batch.counted.to(device), config.average, kernel).float()
-    chosen, rejected = both.chunk(2)  # (B,)
-    ref_chosen, ref_rejected = data.ref_logps[batch.index].to(device).unbind(1)
+    logps = response_logps(model, batch.packed, config.average, kernel).float()  # (N,)
+    ref_logps = data.ref_logps[batch.index].to(device)
+    # index_select adds up the gradients of a response's pairs in one order, always.
+    pick = [places.to(device) for places in (batch.chosen, batch.rejected)]
+    chosen, rejected = (logps.index_select(0, places) for places in pick)  # (P,)
+    ref_chosen, ref_rejected = (ref_logps[places] for places in pick)
     losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.loss, config.smoothing)
+    if config.sft_coef:
+        lengths = batch.packed.owners.bincount().to(device)
+        losses = losses - config.sft_coef * chosen / (1 if config.average else lengths[pick[0]])
     chosen_reward, rejected_reward = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
     margin = (chosen_reward - rejected_reward).detach()
     return losses, {
@@ -256,24 +268,29 @@ def train(
     """Train `model` in place on every strictly ordered pair; return the last step's metrics."""
     device = model.wte.weight.device
     context, size = model.config.n_positions, config.microbatch_size or config.batch_size
-    pairs, held_out_pairs = pairs_of(train_rankings, config.pairs), pairs_of(held_out)
-    if not pairs:
+    rankings = [ranking for ranking in train_rankings if len(set(ranking.ranks)) > 1]
+    held_out = [ranking for ranking in held_out if len(set(ranking.ranks)) > 1]
+    if not rankings:
         where = train_rankings[0].source.rpartition(":")[0] if train_rankings else ""
         raise InputError(f"{where or 'the rankings'}: all responses are tied; add some that are better than others")
 
     def drawn(step: int) -> list[int]:
-        """Which pairs a step sees: any lengths, since batches of only long or only short responses pull one way."""
-        return batch_indices([0] * len(pairs), config.batch_size, seed, step)
+        """Which records a step sees: any lengths, since batches of only long or only short responses pull one way."""
+        return batch_indices([0] * len(rankings), config.batch_size, seed, step)
 
-    # Only the pairs that this run will see are tokenised and read by the reference.
+    # Only the records that this run will see are tokenised and read by the reference.
     seen = sorted({i for step in range(config.steps) for i in drawn(step)})
-    place = {pair: position for position, pair in enumerate(seen)}
-    examples, cut = tokenise([pairs[i] for i in seen], tokenizer, context)
-    rest, cut_rest = tokenise(held_out_pairs, tokenizer, context)
-    console.print(f"{len(pairs):,} pairs, of which this run sees {len(seen):,}; {len(rest):,} held out")
+    place = {record: position for position, record in enumerate(seen)}
+    records, cut = tokenise([rankings[i] for i in seen], tokenizer, context, config.pairs)
+    rest, cut_rest = tokenise(held_out, tokenizer, context)
+    n_pairs = sum(len(record.pairs) for record in records)
+    console.print(
+        f"{len(rankings):,} records with a preference, of which this run sees {len(seen):,} ({n_pairs:,} pairs); "
+        f"{len(rest):,} held out"
+    )
     if cut + cut_rest:
         console.print(f"{cut + cut_rest:,} of these were longer than {context} tokens and were cut")
-    data = with_reference(ref, examples, tokenizer.eot, size, config.average, dtype, kernel)
+    data = with_reference(ref, records, tokenizer.eot, size, config.average, dtype, kernel)
     rest_data = with_reference(ref, rest, tokenizer.eot, size, config.average, dtype, kernel)
     optimizer = adamw(model, config.lr, config.weight_decay)
     start = run.restore(model=model, optimizer=optimizer)
@@ -282,16 +299,16 @@ def train(
     for step in run.range(start):
         lr = cosine_lr(step, config.steps, config.lr, config.warmup_steps)
         set_lr(optimizer, lr)
-        chosen = sorted((place[i] for i in drawn(step)), key=lambda i: pair_length(examples[i]))
+        chosen = sorted((place[i] for i in drawn(step)), key=lambda i: packed_length(records[i].examples))
+        pairs = sum(len(records[i].pairs) for i in chosen)
         metrics = {}
         for begin in range(0, len(chosen), size):
-            index = chosen[begin : begin + size]
-            batch = collate_pairs([data.examples[i] for i in index], index, tokenizer.eot)
+            batch = collate_records(data, chosen[begin : begin + size], tokenizer.eot)
             with autocast(device, dtype):
                 losses, seen_now = pair_metrics(model, data, batch, config, kernel)
-            (losses.sum() / len(chosen)).backward()
+            (losses.sum() / pairs).backward()
             for name, values in seen_now.items():
-                metrics[name] = metrics.get(name, 0.0) + values.sum().item() / len(chosen)
+                metrics[name] = metrics.get(name, 0.0) + values.sum().item() / pairs
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         run.require_finite(step, loss=metrics["loss"], gradient=grad_norm)
         optimizer.step()
@@ -307,16 +324,14 @@ def train(
 
 
 def held_out_metrics(
-    model: GPT, data: PairData, config: DPOConfig, fill: int, batch_size: int, kernel: str
+    model: GPT, data: PreferenceData, config: DPOConfig, fill: int, batch_size: int, kernel: str
 ) -> dict[str, float]:
     """Loss and accuracy on pairs never trained on."""
-    order = sorted(range(len(data.examples)), key=lambda i: pair_length(data.examples[i]))
     totals = {"loss": 0.0, "accuracy": 0.0}
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        batch = collate_pairs([data.examples[i] for i in index], index, fill)
+    pairs = sum(len(record.pairs) for record in data.records)
+    for index in by_length(data.records, batch_size):
         with torch.no_grad():
-            _, seen = pair_metrics(model, data, batch, config, kernel)
+            _, seen = pair_metrics(model, data, collate_records(data, index, fill), config, kernel)
         for name in totals:
-            totals[name] += seen[name].sum().item() / len(order)
+            totals[name] += seen[name].sum().item() / pairs
     return {f"held_out_{name}": value for name, value in totals.items()}

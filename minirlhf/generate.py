@@ -131,7 +131,7 @@ def draw(
 ) -> Int[Tensor, " B"]:
     """Draw one token a row from softmax(logits / T), cut to top-k and top-p: (B, V) -> (B,).
 
-    A draw is argmax_i p_i / E_i with E_i ~ Exp(1): the exponential race, P(i wins) = p_i.
+    A draw is the first token whose cumulative probability exceeds u ~ U[0, 1): one random number a row, whatever V.
     Source: top-k, Fan et al. 2018, section 3.3; top-p, Holtzman et al. 2020, section 3.1.
 
     Args:
@@ -144,8 +144,10 @@ def draw(
         logits = logits.index_fill(-1, torch.tensor([forbid], device=logits.device), float("-inf"))
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    p = torch.softmax(cut(logits / sampling.temperature, sampling.top_k, sampling.top_p), dim=-1)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    p = torch.softmax(cut(logits / sampling.temperature, sampling.top_k, sampling.top_p).double(), dim=-1)
+    total = p.cumsum(-1)  # (B, V); its end, not 1, is the scale, so that rounding can leave no u beyond the last token
+    u = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=p.dtype) * total[:, -1:]
+    return torch.searchsorted(total, u, right=True).squeeze(-1)  # equal sums, tokens of probability 0, are passed over
 
 
 def cut(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:

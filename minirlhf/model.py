@@ -325,11 +325,20 @@ def save_model(model: GPT | ScalarModel, folder: Path, eot: int) -> None:
         weights[_hf_name(name)] = (tensor.t() if name.endswith(_TRANSPOSED) else tensor).contiguous().cpu().float()
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "model.safetensors.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
+    write_tensors(weights, partial, {"format": "pt"})
     partial.replace(folder / "model.safetensors")
     partial = folder / "config.json.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
     partial.replace(folder / "config.json")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file with the mode of any new file: safetensors gives its own 0600, whatever the umask."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def load_model(folder: str | Path, *, scalar: bool = False) -> GPT | ScalarModel:

@@ -55,8 +55,9 @@ class PPOConfig:
     """Passes over a rollout."""
     minibatches: int = 2
     """Optimiser steps in a pass."""
-    microbatch_size: int = 0
-    """Responses in memory at a time; gradients accumulate to those of the minibatch. 0 = the whole minibatch."""
+    microbatch_size: int = 16
+    """Responses in memory at a time, those of like length together so that little padding is computed; gradients
+    accumulate to those of the minibatch. 0 = the whole minibatch."""
     response_tokens: str = "48"
     """Response limit in tokens: a number, or LOW:HIGH to draw one for each response."""
     temperature: float = 1.0
@@ -336,6 +337,19 @@ def rollout(
     return Rollout(tokens, counted, drawn.responses, drawn.mask, drawn.logprobs, drawn.truncated)
 
 
+def microbatches(counted: Bool[Tensor, "B T"], rows: Int[Tensor, " b"], size: int) -> Sequence[Int[Tensor, " ..."]]:
+    """Some rows of a rollout in pieces of at most `size` (0 = all in one), short ones together."""
+    ends = (counted[rows] * torch.arange(1, counted.shape[1] + 1, device=counted.device)).amax(-1)  # (b,)
+    return rows[ends.argsort(stable=True)].split(size or len(rows))
+
+
+def cut_to(episodes: Rollout, rows: Int[Tensor, " b"]) -> tuple[Int[Tensor, "b T"], Bool[Tensor, "b T"]]:
+    """Tokens of some rows, and which of them count, without the padding that all of them share."""
+    counted = episodes.counted[rows]
+    width = int(counted.any(0).nonzero().max()) + 1
+    return episodes.tokens[rows, :width], counted[:, :width]
+
+
 def token_values(critic: ScalarModel, tokens: Int[Tensor, "B T"], counted: Bool[Tensor, "B T"]) -> Float[Tensor, " N"]:
     """V(s_t) for each counted token t: the critic's output one position before it, where t is yet to be drawn."""
     return critic(tokens[:, :-1])[counted[:, 1:]]
@@ -431,16 +445,15 @@ def train(
         shaped_scores = shape_scores(scores, episodes.truncated, state, config)
 
         # 3. Rewards: KL(π‖π_ref) a token, the score at the last one.
-        with torch.no_grad(), autocast(device, dtype):
-            pieces = zip(*(part.split(config.microbatch_size or len(prompts)) for part in episodes[:2]))
-            before = [
-                stats_and_values(policy, critic, tokens, counted, ref, config.temperature, kernel)
-                for tokens, counted in pieces
-            ]
-        recomputed, ref_logprobs, exact_kl, entropy, values = (
-            scatter_counted(torch.cat(column).float(), mask)
-            for column in zip(*((s.logprobs, s.ref_logprobs, s.kl, s.entropy, v) for s, v in before))
-        )  # each (B, R)
+        known = torch.zeros(5, *mask.shape, device=device)
+        for piece in microbatches(episodes.counted, torch.arange(len(prompts), device=device), config.microbatch_size):
+            with torch.no_grad(), autocast(device, dtype):
+                stats, new_values = stats_and_values(
+                    policy, critic, *cut_to(episodes, piece), ref, config.temperature, kernel
+                )
+            for table, column in zip(known, (stats.logprobs, stats.ref_logprobs, stats.kl, stats.entropy, new_values)):
+                table[piece] = scatter_counted(column.float(), mask[piece])
+        recomputed, ref_logprobs, exact_kl, entropy, values = known  # each (B, R)
         old_logprobs = episodes.old_logprobs
         drift = float((recomputed - old_logprobs).abs().max())
         if step == start:
@@ -463,14 +476,12 @@ def train(
             for rows_now in order.chunk(config.minibatches):
                 tokens_now = int(mask[rows_now].sum())
                 seen = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "old_kl"), 0.0)
-                for piece in rows_now.split(config.microbatch_size or len(rows_now)):
+                for piece in microbatches(episodes.counted, rows_now, config.microbatch_size):
                     counts = mask[piece]  # (b, R); the flat (N,) tensors below list its True entries row by row
-                    width = int(episodes.counted[piece].any(0).nonzero().max()) + 1
-                    tokens, counted = episodes.tokens[piece, :width], episodes.counted[piece, :width]
                     reference = ref if config.kl_in != "reward" else None
                     with autocast(device, dtype):
                         now, new_values = stats_and_values(
-                            policy, critic, tokens, counted, reference, config.temperature, kernel
+                            policy, critic, *cut_to(episodes, piece), reference, config.temperature, kernel
                         )
                     old, advantage = old_logprobs[piece][counts], advantages[piece][counts]  # (N,)
                     losses = policy_loss(now.logprobs, old, advantage, config.clip)

@@ -12,16 +12,16 @@ resuming are those of an uninterrupted run, bit for bit, on one machine and thre
 functions of (seed, step), never of a generator's history.
 """
 
+import io
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +34,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import minirlhf
 from minirlhf import InputError
-from minirlhf.model import GPT, ScalarModel, load_model, save_model
+from minirlhf.model import GPT, ScalarModel, load_model, save_model, write_tensors
 from minirlhf.tokenizer import Tokenizer
 
 console = Console(highlight=False)
@@ -101,6 +100,11 @@ class Run:
         if args.overwrite:
             if info is None:
                 raise InputError(f"--out {self.folder} holds files but no run; --overwrite only replaces a run")
+            if Path.cwd().is_relative_to(self.folder.resolve()):
+                raise InputError(
+                    f"--out {self.folder} holds the current directory, which --overwrite would remove; "
+                    "name a folder of its own"
+                )
             self.replaces = True
             return
         if not args.resume:
@@ -233,8 +237,9 @@ class Run:
         self._begin()
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "checkpoint.safetensors"
-        save_file(tensors, f"{path}.partial", metadata={"info": json.dumps({"step": done, "numbers": numbers or {}})})
-        os.replace(f"{path}.partial", path)
+        partial = path.with_name(path.name + ".partial")
+        write_tensors(tensors, partial, {"info": json.dumps({"step": done, "numbers": numbers or {}})})
+        partial.replace(path)
         self.last_checkpoint = done
 
     def finish(self, model: GPT | ScalarModel, tokenizer: Tokenizer) -> None:
@@ -248,13 +253,19 @@ class Run:
     def _begin(self) -> None:
         if self.written:
             return
+        folder = self.folder.resolve()  # what a link points to is replaced, the link stays
         if self.replaces:
             # Renamed first: whoever is killed while the old run is being removed has no half of it in place.
-            aside = self.folder.with_name(f".{self.folder.name}.replaced")
+            aside = folder.with_name(f".{folder.name}.replaced")
             shutil.rmtree(aside, ignore_errors=True)
-            self.folder.rename(aside)
+            try:
+                folder.rename(aside)
+            except OSError as error:
+                raise InputError(
+                    f"--out {self.folder} cannot be replaced ({error.strerror}); name a folder of its own"
+                ) from error
             shutil.rmtree(aside)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._write_info(finished=False)
         self.written = True
 
@@ -358,7 +369,7 @@ def cli(main: Callable[[Any], None], args_type: type, prog: str | None = None) -
         prog: how the command is called, for its usage line; by default as the file is called.
     """
     try:
-        main(tyro.cli(args_type, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)))
+        main(_parse(args_type, prog))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -467,6 +478,24 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
         index, key = name.split("/")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parse(args_type: type, prog: str | None) -> Any:
+    """The arguments; what tyro refuses, in a box of several lines, is an InputError of one."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(args_type, prog=prog, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        box = Text.from_ansi(said.getvalue()).plain.splitlines()
+        said = io.StringIO()
+        lines = [line.strip("│╭╮╰╯─ ") for line in box if not line.startswith("╭")]  # without the title
+        parts = " ".join(line or "\n" for line in lines).split("\n")  # ruled off from each other
+        raise InputError("; ".join(part.strip(" .") for part in parts if part.strip())) from None
+    finally:
+        sys.stderr.write(said.getvalue())  # a library's warning
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,10 @@
-"""What the tests share: signatures checked against shapes, one thread, and two tiny runs."""
+"""What the tests share: signatures checked against shapes, one thread, the commands, and two tiny runs."""
 
+import importlib
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,17 @@ TEXTS = [
     "Customer: The lamp I bought is broken!\nAgent: That must be annoying. Please send us a photo of the damage.",
     "Customer: I was charged twice for my kettle.\nAgent: I apologise. We will refund the second payment.",
 ]
+
+
+@pytest.fixture(scope="session")
+def commands():
+    """By name: four scripts, which are no package, and three modules."""
+    found = {}
+    for name in ("train_sft", "train_rm", "train_ppo", "train_dpo"):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent.parent / f"{name}.py")
+        found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)  # where help texts are looked for
+        spec.loader.exec_module(found[name])
+    return found | {name: importlib.import_module(f"minirlhf.{name}") for name in ("generate", "rewards", "evaluate")}
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import gzip
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -36,17 +35,6 @@ GOOD = {
 }
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """The commands: four scripts, which are no package, and three modules."""
-    found = {}
-    for name in SCRIPTS:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-        found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)  # where help texts are looked for
-        spec.loader.exec_module(found[name])
-    return found | {name: importlib.import_module(f"minirlhf.{name}") for name in COMMANDS if name not in SCRIPTS}
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch, tiny_run, tiny_reward_run):
     """An empty working directory that holds a policy, `sft`, a reward model, `rm`, and two good files."""
@@ -60,7 +48,7 @@ def here(tmp_path, monkeypatch, tiny_run, tiny_reward_run):
 
 
 @pytest.fixture
-def run(here, modules, monkeypatch, capfd):
+def run(here, commands, monkeypatch, capfd):
     """Run a command line in this process: (exit code, stdout, stderr)."""
 
     def run(command, *arguments):
@@ -69,7 +57,7 @@ def run(here, modules, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", [f"{command}.py", *map(str, arguments)])
         capfd.readouterr()
         try:
-            cli(modules[command].main, modules[command].Args)
+            cli(commands[command].main, commands[command].Args)
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -501,14 +489,9 @@ def test_fresh_weights_of_an_impossible_shape_are_refused(refused):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_the_parser_refuses_ends_with_code_two(here, run, command):
-    before = contents(here)
+def test_what_the_parser_refuses_is_named_by_its_flag(refused, command):
     for extra in (["--batch-size", "many"], ["--no-such-flag"]):
-        code, out, err = run(command, *reading(command, good_file(command)), *extra)
-        assert code == 2
-        assert extra[0] in err
-        assert "Traceback" not in out + err
-    assert contents(here) == before
+        assert extra[0] in refused(command, *reading(command, good_file(command)), *extra)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -588,6 +588,9 @@ def test_pack_by_hand() -> None:
     assert packed.positions.tolist()[0] == [0, 1, 2, 3, 2, 2, 3, 4]
     assert packed.positions.tolist()[1][0] == 0
     assert packed.ends.tolist() == [3, 4, 7, 8]
+    assert packed.predictors.tolist() == [1, 2, 1, 1, 5, 6]  # each after the common 1, 2, and after its own tokens
+    assert packed.targets.tolist() == [5, 9, 6, 5, 7, 9]
+    assert packed.owners.tolist() == [0, 0, 1, 2, 2, 2]
     assert packed.attend.shape == (2, 1, 8, 8)
     looks = packed.attend[0, 0].int().tolist()
     assert looks == [
@@ -625,8 +628,12 @@ tokens_drawn = st.lists(st.integers(0, 3), min_size=1, max_size=6)  # few tokens
 @given(groups=st.lists(st.lists(tokens_drawn, min_size=1, max_size=4), min_size=1, max_size=4), fill=st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_a_packed_token_sees_its_own_sequence_and_nothing_else(groups: list[list[list[int]]], fill: int) -> None:
-    packed = pack([[Example(sequence, 0) for sequence in group] for group in groups], fill)
+    # Responses begin anywhere: at once, within what all share, at the last token.
+    starts = [[(sum(sequence) + k) % len(sequence) for k, sequence in enumerate(group)] for group in groups]
+    packed = pack([[Example(*one) for one in zip(group, own)] for group, own in zip(groups, starts)], fill)
     _, width = packed.tokens.shape
+    counted = list(zip(packed.owners.tolist(), packed.predictors.tolist(), packed.targets.tolist()))
+    expected, flat_starts = [], [start for own in starts for start in own]
     assert packed.attend.any(-1).all(), "padding sees itself, or softmax would be NaN"
     ends = iter(packed.ends.tolist())
     for b, group in enumerate(groups):
@@ -638,9 +645,13 @@ def test_a_packed_token_sees_its_own_sequence_and_nothing_else(groups: list[list
             real[own] = True
             assert packed.tokens[b, own].tolist() == sequence
             assert packed.positions[b, own].tolist() == list(range(len(sequence)))
+            n = len(packed.ends) - len(flat_starts)
+            first = max(flat_starts.pop(0), 1)
+            expected += [(n, b * width + int(own[at - 1]), sequence[at]) for at in range(first, len(sequence))]
             for at, where in enumerate(own.tolist()):  # and each of its tokens sees what came before it
                 assert packed.attend[b, 0, where].nonzero().flatten().tolist() == own[: at + 1].tolist()
         assert not packed.attend[b, 0, real][:, ~real].any(), "padding is seen by nobody"
         assert not real[real.sum() :].any(), "padding stands on the right"
         assert (packed.tokens[b, ~real] == fill).all()
     assert next(ends, None) is None
+    assert counted == expected, "a response token is predicted by the token before it in its own sequence"

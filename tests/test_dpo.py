@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 import minirlhf.dpo as dpo
 from minirlhf import InputError
-from minirlhf.data import Ranking
+from minirlhf.data import Ranking, pack
 from minirlhf.dpo import (
     DPOConfig,
-    collate_pairs,
+    collate_records,
     held_out_metrics,
     pair_metrics,
     pairs_of,
     preference_loss,
-    sequence_logps,
+    response_logps,
     tokenise,
     train,
     with_reference,
@@ -147,9 +147,12 @@ def test_a_bounded_aim_is_left_behind_no_further():
 # --- log-probs --------------------------------------------------------------------------------------------------------
 
 
-def made(tokenizer, rankings=RANKINGS):
-    examples, _ = tokenise(pairs_of(rankings), tokenizer, CONTEXT)
-    return examples
+PREFERENCES = [ranking for ranking in RANKINGS if len(set(ranking.ranks)) > 1]
+
+
+def made(tokenizer, rankings=PREFERENCES):
+    records, _ = tokenise(rankings, tokenizer, CONTEXT)
+    return records
 
 
 def logp_by_hand(model: GPT, example, average: bool = False) -> torch.Tensor:
@@ -160,26 +163,45 @@ def logp_by_hand(model: GPT, example, average: bool = False) -> torch.Tensor:
     return total / len(counted) if average else total
 
 
+def pairs_by_hand(model: GPT, records, average: bool = False) -> list[torch.Tensor]:
+    """Log-probs of the chosen and of the rejected response of every pair, record after record."""
+    return [
+        torch.stack(
+            [logp_by_hand(model, record.examples[pair[which]], average) for record in records for pair in record.pairs]
+        )
+        for which in (0, 1)
+    ]
+
+
 @pytest.mark.parametrize("average", [False, True])
 def test_a_response_is_worth_the_sum_of_its_tokens(tiny, tiny_tokenizer, average):
-    model, examples = tiny(), made(tiny_tokenizer)
-    batch = collate_pairs(examples, range(len(examples)), tiny_tokenizer.eot)
+    model, records = tiny(), made(tiny_tokenizer)
     with torch.no_grad():
-        got = sequence_logps(model, batch.tokens, batch.counted, average)
-        expected = [logp_by_hand(model, one.chosen, average) for one in examples]
-        expected += [logp_by_hand(model, one.rejected, average) for one in examples]
+        got = response_logps(model, pack([record.examples for record in records], tiny_tokenizer.eot), average)
+        expected = [logp_by_hand(model, example, average) for record in records for example in record.examples]
     torch.testing.assert_close(got, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_padding_changes_no_log_prob_and_no_gradient(tiny, tiny_tokenizer):
-    model, examples = tiny(), made(tiny_tokenizer)
-    batch = collate_pairs(examples, range(len(examples)), tiny_tokenizer.eot)
-    plain = sequence_logps(model, batch.tokens, batch.counted)
-    other = collate_pairs(examples, range(len(examples)), 7)
-    padded = sequence_logps(model, F.pad(other.tokens, (0, 6), value=3), F.pad(other.counted, (0, 6)))
-    torch.testing.assert_close(padded, plain, rtol=1e-6, atol=1e-5)
+def test_responses_that_begin_alike_have_their_own_log_probs_and_gradients(tiny, tiny_tokenizer):
+    # What they share stands once in the row, and counts for each of them.
+    rankings = [Ranking("Q", (" sorry a", " sorry a", " sorry bc", " sorr"), (1, 2, 3, 4))]
+    model, (record,) = tiny(), made(tiny_tokenizer, rankings)
+    got = response_logps(model, pack([record.examples], tiny_tokenizer.eot))
+    expected = torch.stack([logp_by_hand(model, example) for example in record.examples])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.tensor([1.0, -2.0, 3.0, 5.0])
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), list(model.parameters())) for x in (got, expected))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_company_changes_no_log_prob_and_no_gradient(tiny, tiny_tokenizer):
+    model, records = tiny(), made(tiny_tokenizer)
+    parameters = list(model.parameters())
+    plain = response_logps(model, pack([record.examples for record in records], tiny_tokenizer.eot))
+    apart = torch.cat([response_logps(model, pack([record.examples], 7)) for record in records])
+    torch.testing.assert_close(apart, plain, rtol=1e-6, atol=1e-5)
     weight = torch.arange(1.0, len(plain) + 1)
-    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), list(model.parameters())) for x in (plain, padded))):
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), parameters) for x in (plain, apart))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
@@ -187,27 +209,18 @@ def test_padding_changes_no_log_prob_and_no_gradient(tiny, tiny_tokenizer):
 
 
 def test_every_strictly_ordered_pair_of_a_ranking_is_one():
-    pairs = pairs_of(RANKINGS)
-    photo = " Please send us a photo of the damage."
-    assert pairs[:4] == [
-        ("My lamp broke.", " Sorry!", " So what"),
-        ("My lamp broke.", " Sorry!", photo),
-        ("My lamp broke.", photo, " So what"),
-        ("My kettle?", " I apologise.", " No."),
-    ]
-    assert sorted(pairs[4:8]) == [
-        ("Where is it?", better, worse) for better in (" bb", " dddd") for worse in (" a", " ccc")
-    ]
-    assert pairs[8:] == [("Hi", " Hello.", " Go away")]  # and none of the two that are tied
+    assert pairs_of((1, 3, 2)) == [(0, 1), (0, 2), (2, 1)]
+    assert pairs_of((2, 1)) == [(1, 0)]
+    assert sorted(pairs_of((2, 1, 2, 1))) == [(1, 0), (1, 2), (3, 0), (3, 2)]  # and none of two that are tied
+    assert pairs_of((1, 1)) == []
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6))
 def test_pairs_of_any_ranking(ranks):
-    responses = tuple(f" {i}" for i in range(len(ranks)))
-    ordered = {("Q", responses[i], responses[j]): a for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b}
+    ordered = {(i, j): a for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b}
     best = {pair for pair, rank in ordered.items() if rank == min(ranks)}  # of several best, each against the worse
     for which, expected in (("all", set(ordered)), ("best", best)):
-        pairs = pairs_of([Ranking("Q", responses, tuple(ranks))], which)
+        pairs = pairs_of(ranks, which)
         assert len(pairs) == len(expected)
         assert set(pairs) == expected
 
@@ -216,47 +229,54 @@ def test_a_run_takes_the_pairs_that_it_was_told_to(tiny, tiny_tokenizer, tmp_pat
     for which, n in (("all", 9), ("best", 8)):  # the first ranking has a pair without its best response
         config = DPOConfig(steps=1, batch_size=4, pairs=which)
         train_tiny(tmp_path / which, tiny(), tiny_tokenizer, config)
-        assert f"{n} pairs, of which this run sees 4; " in " ".join(capsys.readouterr().out.split())
+        told = " ".join(capsys.readouterr().out.split())
+        assert f"4 records with a preference, of which this run sees 4 ({n} pairs); 2 held out" in told
 
 
-def test_chosen_stand_above_rejected(tiny_tokenizer):
-    examples = made(tiny_tokenizer)
-    batch = collate_pairs(examples[:3], [7, 5, 6], tiny_tokenizer.eot)
-    texts = [tiny_tokenizer.decode(row[counted].tolist()) for row, counted in zip(batch.tokens, batch.counted)]
-    pairs = pairs_of(RANKINGS)[:3]
-    assert texts == [chosen for _, chosen, _ in pairs] + [rejected for _, _, rejected in pairs]
-    assert batch.index == [7, 5, 6]
+def test_a_batch_names_its_pairs_and_its_responses(tiny, tiny_tokenizer):
+    records = made(tiny_tokenizer)
+    data = with_reference(clone(tiny()), records, tiny_tokenizer.eot, 4, False, "fp32", "auto")
+    assert data.starts == [0, 3, 5, 9]
+    batch = collate_records(data, [2, 0], tiny_tokenizer.eot)
+    assert batch.index == [5, 6, 7, 8, 0, 1, 2]
+    assert list(zip(batch.chosen.tolist(), batch.rejected.tolist())) == [*records[2].pairs, (4, 5), (4, 6), (6, 5)]
+    alone = pack([records[2].examples, records[0].examples], tiny_tokenizer.eot)
+    assert all(torch.equal(a, b) for a, b in zip(batch.packed, alone, strict=True))
 
 
-def test_pairs_that_are_cut_are_counted_once(tiny_tokenizer):
-    pairs = [("Q", " yes", " no"), ("Q", " yes " * 60, " no"), ("Q", " yes " * 60, " no " * 60)]
-    examples, cut = tokenise(pairs, tiny_tokenizer, CONTEXT)
+def test_records_that_are_cut_are_counted_once(tiny_tokenizer):
+    long = [
+        Ranking("Q", responses, (1, 2))
+        for responses in ((" yes", " no"), (" yes " * 60, " no"), (" y" * 90, " n" * 90))
+    ]
+    records, cut = tokenise(long, tiny_tokenizer, CONTEXT)
     assert cut == 2
-    assert all(len(e.tokens) <= CONTEXT for one in examples for e in one)
+    assert all(len(example.tokens) <= CONTEXT for record in records for example in record.examples)
 
 
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4, 100])
-def test_the_reference_is_kept_pair_by_pair(tiny, tiny_tokenizer, size, average):
-    ref, examples = clone(tiny(3)), made(tiny_tokenizer)
-    data = with_reference(ref, examples, tiny_tokenizer.eot, size, average, "fp32", "auto")
-    expected = torch.stack([torch.stack([logp_by_hand(ref, e, average) for e in one]) for one in examples])
+def test_the_reference_is_kept_response_by_response(tiny, tiny_tokenizer, size, average):
+    ref, records = clone(tiny(3)), made(tiny_tokenizer)
+    data = with_reference(ref, records, tiny_tokenizer.eot, size, average, "fp32", "auto")
+    expected = torch.stack([logp_by_hand(ref, example, average) for record in records for example in record.examples])
     torch.testing.assert_close(data.ref_logps, expected, rtol=1e-5, atol=1e-5)
-    assert expected.unique(dim=0).shape == expected.shape  # any other order would show
-    assert data.examples == examples
+    assert len(expected.unique()) == len(expected)  # any other order would show
+    assert data.records == records
     assert not data.ref_logps.requires_grad
 
 
 def test_metrics_of_pairs_by_hand(tiny, tiny_tokenizer):
-    model, ref, examples = tiny(0), clone(tiny(3)), made(tiny_tokenizer)
+    model, ref, records = tiny(0), clone(tiny(3)), made(tiny_tokenizer)
     config = DPOConfig(beta=0.3, label_smoothing=0.1)
-    data = with_reference(ref, examples, tiny_tokenizer.eot, 3, False, "fp32", "auto")
-    index = [5, 0, 8, 3]  # the batch is in another order than the data
-    batch = collate_pairs([examples[i] for i in index], index, tiny_tokenizer.eot)
-    losses, metrics = pair_metrics(model, data, batch, config, "auto")
-    for place, i in enumerate(index):
-        chosen, rejected = (logp_by_hand(model, e).item() for e in examples[i])
-        ref_chosen, ref_rejected = (logp_by_hand(ref, e).item() for e in examples[i])
+    data = with_reference(ref, records, tiny_tokenizer.eot, 3, False, "fp32", "auto")
+    index = [2, 0]  # the batch is in another order than the data
+    losses, metrics = pair_metrics(model, data, collate_records(data, index, tiny_tokenizer.eot), config, "auto")
+    pairs = [[records[i].examples[k] for k in pair] for i in index for pair in records[i].pairs]
+    assert len(pairs) == len(losses) == 7
+    for place, pair in enumerate(pairs):
+        chosen, rejected = (logp_by_hand(model, e).item() for e in pair)
+        ref_chosen, ref_rejected = (logp_by_hand(ref, e).item() for e in pair)
         margin = 0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))
         expected = {
             "loss": -0.9 * math.log(sigmoid(margin)) - 0.1 * math.log(sigmoid(-margin)),
@@ -274,12 +294,12 @@ def test_metrics_of_pairs_by_hand(tiny, tiny_tokenizer):
 
 
 def test_at_the_reference_every_pair_is_undecided(tiny, tiny_tokenizer):
-    model, examples = tiny(), made(tiny_tokenizer)
-    data = with_reference(clone(model), examples, tiny_tokenizer.eot, len(examples), False, "fp32", "auto")
-    got = held_out_metrics(model, data, DPOConfig(), tiny_tokenizer.eot, len(examples), "auto")
+    model, records = tiny(), made(tiny_tokenizer)
+    data = with_reference(clone(model), records, tiny_tokenizer.eot, len(records), False, "fp32", "auto")
+    got = held_out_metrics(model, data, DPOConfig(), tiny_tokenizer.eot, len(records), "auto")
     assert got["held_out_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    batch = collate_pairs(examples[:1], [0], tiny_tokenizer.eot)
-    data = data._replace(ref_logps=sequence_logps(model, batch.tokens, batch.counted).detach()[None])
+    batch = collate_records(data, [1], tiny_tokenizer.eot)
+    data.ref_logps[batch.index] = response_logps(model, batch.packed).detach()
     _, metrics = pair_metrics(model, data, batch, DPOConfig(), "auto")
     assert metrics["margin"].item() == 0.0
     assert metrics["accuracy"].item() == 0.5
@@ -307,18 +327,14 @@ def train_tiny(folder, model, tokenizer, config=CONFIG, rankings=RANKINGS, held_
 )
 @pytest.mark.parametrize("size", [0, 1, 2, 4, 100])
 def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, tmp_path, monkeypatch, size, options):
-    # With plain gradient descent, the step is the gradient.
+    # With plain gradient descent, the step is the gradient. Records of one pair and of four weigh by their pairs.
     monkeypatch.setattr(dpo, "adamw", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
-    examples, average = made(tiny_tokenizer), options.get("average", False)
+    records, average = made(tiny_tokenizer), options.get("average", False)
     config = DPOConfig(
-        steps=1, batch_size=9, microbatch_size=size, lr=1.0, warmup_steps=0, max_grad_norm=1e6, beta=0.5, **options
+        steps=1, batch_size=4, microbatch_size=size, lr=1.0, warmup_steps=0, max_grad_norm=1e6, beta=0.5, **options
     )
     by_hand, ref = tiny(0), clone(tiny(3))
-    four = [
-        torch.stack([logp_by_hand(model, one[which], average) for one in examples])
-        for model in (by_hand, ref)
-        for which in (0, 1)
-    ]
+    four = [*pairs_by_hand(by_hand, records, average), *pairs_by_hand(ref, records, average)]
     loss = preference_loss(*four, 0.5, config.loss, config.smoothing).mean()
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(by_hand.parameters()))])
     assert expected.abs().max() > 1e-2
@@ -335,13 +351,13 @@ def test_only_what_the_run_sees_is_read_by_the_reference_and_in_its_place(tiny, 
     rankings = [Ranking(f"Order {i}", (f" yes{i}", f" no {i} " * (i % 4 + 1)), (1, 2)) for i in range(30)]
     ref, read, seen, tokenised = clone(tiny(3)), [], [], []
 
-    def tokens(pairs, *rest):
-        tokenised.append(pairs)
-        return tokenise(pairs, *rest)
+    def tokens(rankings, *rest):
+        tokenised.append(rankings)
+        return tokenise(rankings, *rest)
 
-    def reference(ref, examples, *rest):
-        read.append(examples)
-        return with_reference(ref, examples, *rest)
+    def reference(ref, records, *rest):
+        read.append(records)
+        return with_reference(ref, records, *rest)
 
     def metrics(model, data, batch, *rest):
         seen.append((data, batch))
@@ -352,31 +368,27 @@ def test_only_what_the_run_sees_is_read_by_the_reference_and_in_its_place(tiny, 
     monkeypatch.setattr(dpo, "pair_metrics", metrics)
     config = DPOConfig(steps=3, batch_size=4, microbatch_size=3)
     train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, config, rankings, held_out=[], ref=ref)
-    assert len(tokenised[0]) == len(set(tokenised[0])) == 12  # three batches of four out of thirty
+    assert len(tokenised[0]) == len({r.prompt for r in tokenised[0]}) == 12  # three batches of four out of thirty
     assert len(read[0]) == 12
     assert len(seen) == 6
-    # Of one epoch, each is trained on once.
-    assert sorted(i for _, batch in seen for i in batch.index) == list(range(12))
+    # Of one epoch, each response is trained on once.
+    assert sorted(i for _, batch in seen for i in batch.index) == list(range(24))
     for data, batch in seen:
-        rows_of = zip(batch.tokens, batch.counted)
-        ends = [row[: int(counted.nonzero().max()) + 1].tolist() for row, counted in rows_of]
-        half = len(ends) // 2
+        examples = [example for record in data.records for example in record.examples]
         for place, i in enumerate(batch.index):
-            assert [data.examples[i].chosen.tokens, data.examples[i].rejected.tokens] == [
-                ends[place],
-                ends[half + place],
-            ]
-            expected = torch.stack([logp_by_hand(ref, example) for example in data.examples[i]])
-            torch.testing.assert_close(data.ref_logps[i], expected, rtol=1e-5, atol=1e-5)
+            row, column = divmod(batch.packed.ends[place].item(), batch.packed.tokens.shape[1])
+            own = batch.packed.attend[row, 0, column]
+            assert batch.packed.tokens[row, own].tolist() == examples[i].tokens
+            torch.testing.assert_close(data.ref_logps[i], logp_by_hand(ref, examples[i]), rtol=1e-5, atol=1e-5)
 
 
 def test_batches_are_of_any_lengths_and_sorted_inside(tiny, tiny_tokenizer, tmp_path, monkeypatch):
     # Drawn by length, a batch of 4 out of these would hold long pairs only, or short ones.
-    rankings = [Ranking(f"{i}", (" a" * (1 + i % 20), " b"), (1, 2)) for i in range(200)]
+    rankings = [Ranking(f"{i:03}", (" a" * (1 + i % 20), " b"), (1, 2)) for i in range(200)]
     lengths = []
 
     def metrics(model, data, batch, *rest):
-        lengths.append([max(len(e.tokens) for e in data.examples[i]) for i in batch.index])
+        lengths.append(batch.packed.owners.bincount()[batch.chosen].tolist())
         return pair_metrics(model, data, batch, *rest)
 
     monkeypatch.setattr(dpo, "pair_metrics", metrics)
@@ -419,11 +431,12 @@ def test_training_learns_the_preference(tiny, tiny_tokenizer, tmp_path, loss):
 
 
 def test_held_out_metrics_weigh_every_pair_alike(tiny, tiny_tokenizer):
-    model, ref, examples = tiny(0), clone(tiny(3)), made(tiny_tokenizer)
+    model, ref, records = tiny(0), clone(tiny(3)), made(tiny_tokenizer)
     config = DPOConfig(beta=0.3)
-    data = with_reference(ref, examples, tiny_tokenizer.eot, 4, False, "fp32", "auto")
-    got = [held_out_metrics(model, data, config, tiny_tokenizer.eot, size, "auto") for size in (1, 2, 4, 9)]
-    four = [torch.stack([logp_by_hand(m, one[which]) for one in examples]) for m in (model, ref) for which in (0, 1)]
+    data = with_reference(ref, records, tiny_tokenizer.eot, 4, False, "fp32", "auto")
+    got = [held_out_metrics(model, data, config, tiny_tokenizer.eot, size, "auto") for size in (1, 2, 3, 4)]
+    four = [*pairs_by_hand(model, records), *pairs_by_hand(ref, records)]
+    assert len(four[0]) == 9
     h = (four[0] - four[2]) - (four[1] - four[3])
     expected = {
         "held_out_loss": preference_loss(*four, 0.3, "sigmoid", 0.1).mean().item(),  # unless said otherwise

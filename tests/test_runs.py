@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -211,6 +212,69 @@ def test_killed_while_overwriting_it_leaves_no_half_of_a_run(tmp_path, tiny, mon
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "run"]
 
 
+def test_overwriting_through_a_link_replaces_what_it_points_to(tmp_path, tiny):
+    target = finished_run(tmp_path / "disk" / "run", tiny)
+    (target / "samples.jsonl").write_text('{"step": 0}\n')
+    link = tmp_path / "latest"
+    link.symlink_to(Path("disk") / "run")
+    finished_run(link, tiny, seed=1, overwrite=True)
+    assert link.readlink() == Path("disk") / "run"
+    assert read_run(target)["seed"] == read_run(link)["seed"] == 1
+    assert not (target / "samples.jsonl").exists()
+    assert list((tmp_path / "disk").iterdir()) == [target]
+    shutil.rmtree(target)
+    finished_run(link, tiny, seed=2)  # what it points to is made where there is none
+    assert read_run(target)["seed"] == 2
+
+
+def test_the_current_directory_is_not_overwritten(tmp_path, tiny, monkeypatch):
+    out = finished_run(tmp_path / "run", tiny)
+    (out / "plots").mkdir()
+    (tmp_path / "link").symlink_to(out)
+    before = files(tmp_path)
+    for here, names in ((out, (".", out, "../run", "../link")), (out / "plots", ("..", out))):
+        monkeypatch.chdir(here)
+        for name in names:
+            args = Args(out=Path(name), overwrite=True)
+            refused(lambda args=args: Run(args, "train_x.py", 1), f"--out {name} ", "name a folder of its own")
+    monkeypatch.chdir(out)
+    assert run_cli(monkeypatch, ["--out", ".", "--overwrite"], lambda args: Run(args, "train_x.py", 1)) == 2
+    assert Run(Args(out=Path("."), resume=True), "train_x.py", 1).finished
+    assert files(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_renamed_is_not_overwritten(tmp_path, tiny, monkeypatch):
+    out = finished_run(tmp_path / "run", tiny)
+    before = files(tmp_path)
+
+    def rename(self, target):
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    run = Run(Args(out=out, overwrite=True), "train_x.py", 1)
+    refused(lambda: run.log(0, {"loss": 1.0}), str(out), "Device or resource busy", "name a folder of its own")
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_every_file_has_the_mode_of_a_new_file(tmp_path, tiny, umask):
+    """safetensors writes 0600 on its own."""
+    run = Run(Args(out=tmp_path / "run", checkpoint_every=1), "train_x.py", 3)
+    before = os.umask(umask)
+    try:
+        run.log(0, {"loss": 1.0})
+        (run.folder / "state").mkdir()
+        for name in ("state/checkpoint.safetensors.partial", "model.safetensors.partial"):  # left by a killed run
+            (run.folder / name).touch(0o600)
+        run.checkpoint(1, model=tiny[0])
+        assert (run.folder / "state" / "checkpoint.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+        run.finish(*tiny)
+    finally:
+        os.umask(before)
+    names = {path.name: path.stat().st_mode & 0o777 for path in run.folder.iterdir()}
+    assert "model.safetensors" in names and set(names.values()) == {0o666 & ~umask}, names
+
+
 def test_a_finished_run_has_nothing_to_resume(tmp_path, tiny):
     out = finished_run(tmp_path / "run", tiny)
     before = files(out)
@@ -387,7 +451,7 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
         Path(path).write_bytes(kept[: len(kept) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(runs, "save_file", fail)
+    monkeypatch.setattr("minirlhf.model.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         run.checkpoint(2, module=toy(2))
     assert (out / "state" / "checkpoint.safetensors").read_bytes() == kept
@@ -614,17 +678,42 @@ def test_a_mistake_found_later_is_one_line_and_code_two(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: data.jsonl:3: not valid JSON; fix or delete this line\n"
 
 
-@pytest.mark.parametrize("arguments", [["--no-such-flag"], ["--lr", "much"], ["--dtype", "fp8"], ["--seed", "1.5"]])
-def test_what_the_parser_refuses_is_code_two_without_traceback(monkeypatch, capsys, arguments):
+@pytest.mark.parametrize("columns", ["40", "200"])
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--no-such-flag"], ["--no-such-flag"]),
+        (["--overwite"], ["--overwite", "--overwrite"]),
+        (["--lr", "much"], ["--lr", "'much'", "FLOAT"]),
+        (["--lr"], ["--lr"]),
+        (["--dtype", "fp8"], ["--dtype", "'fp8'", "'fp32', 'bf16'"]),
+        (["--seed", "1.5"], ["--seed", "'1.5'", "INT"]),
+        (["two\nlines"], ["two lines"]),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_and_code_two(monkeypatch, capsys, arguments, parts, columns):
+    monkeypatch.setenv("COLUMNS", columns)
     assert run_cli(monkeypatch, arguments) == 2
-    err = capsys.readouterr().err
-    assert arguments[0] in err
-    assert "Traceback" not in err
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.endswith(" train_x.py --help\n")
+    assert len(err.splitlines()) == 1 and err.isascii()
+    for part in parts:
+        assert part in err
+
+
+def test_what_else_is_said_while_arguments_are_read_is_kept(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "pick_device", lambda name: print("the driver is old", file=sys.stderr))
+    assert run_cli(monkeypatch, []) == 0
+    assert capsys.readouterr().err == "the driver is old\n"
+    assert run_cli(monkeypatch, ["--lr", "-1"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "the driver is old"
 
 
 def test_help_names_every_flag(monkeypatch, capsys):
     assert run_cli(monkeypatch, ["--help"]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert err == ""
     for flag in ("--out", "--seed", "--device", "--dtype", "--checkpoint-every", "--resume", "--overwrite", "--beta"):
         assert flag in out
 

@@ -1,8 +1,6 @@
 """The scripts end to end on tiny models: what they write, which data they take, and that they can be killed."""
 
 import gzip
-import importlib
-import importlib.util
 import json
 import os
 import random
@@ -57,21 +55,6 @@ METRICS = {
     "dpo": {"loss", "accuracy", "margin", "chosen_logps", "rejected_logps", "grad_norm", "lr"},
 }  # fmt: skip
 METRICS["dpo-file"] = METRICS["dpo"]
-
-
-def load_commands():
-    """The scripts, which are no package, and the modules that are commands."""
-    found = {}
-    for name in SCRIPTS:
-        spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-        found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)  # where help texts are looked for
-        spec.loader.exec_module(found[name])
-    return found | {name: importlib.import_module(f"minirlhf.{name}") for name in ("generate", "rewards", "evaluate")}
-
-
-@pytest.fixture(scope="module")
-def commands():
-    return load_commands()
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +282,7 @@ def test_killed_twice_and_resumed_it_is_the_uninterrupted_run(in_chain, call, ca
 
     where, number = {
         "log": ("Run.log", rng.randint(5, STEPS)),
-        "checkpoint": ("save_file", 2),
+        "checkpoint": ("write_tensors", 2),
         "finish": ("save_model", 1),
     }[moment]
     start_and_kill(script, [*arguments, "--resume"], where, number)
