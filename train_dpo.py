@@ -28,7 +28,7 @@ class Args(RunArgs):
     init: str = "runs/sft"
     """The policy to start from, which is also the reference."""
     config: DPOConfig = DPOConfig()
-    n: int = 3000
+    n: int = 3200
     """Rankings drawn from the embedded world."""
 
     def __post_init__(self):

@@ -40,11 +40,11 @@ class Args(RunArgs):
     """For a trained tokenizer: ids, 256 bytes and end-of-text included."""
     n_positions: int = 128
     """For fresh weights: the context in tokens."""
-    n_layer: int = 2
+    n_layer: int = 3
     """For fresh weights: blocks."""
-    n_head: int = 4
+    n_head: int = 6
     """For fresh weights: attention heads."""
-    n_embd: int = 128
+    n_embd: int = 96
     """For fresh weights: width."""
 
     def __post_init__(self):

@@ -7,11 +7,15 @@ and put into Bradley & Terry's model of preferences, it turns the policy itself 
 
 Why do the log-probs of chosen *and* rejected responses fall? The loss sees their difference only. Chosen and rejected
 responses share most of their words, so that pushing the rejected one down drags the chosen one along, and nothing in
-the loss pulls either back up; the probability goes to responses that stand in no pair. A little of it is expected. A
-chosen log-prob that keeps falling while the accuracy stands still means that β is too small or training too long.
+the loss pulls either back up; the probability goes to responses that stand in no pair, garbled ones among them. A
+little of it is expected. The cure is to learn the chosen response beside it, L + α · (-log π(y_w|x) / |y_w|), which we
+do (`sft_coef`, α) where y_w is the best response of its record; a chosen log-prob that keeps falling all the same means
+that β is too small or training too long.
 
 Source: Rafailov et al. 2023, "Direct Preference Optimization", eq. 7; the fall of both log-probs: Pal et al. 2024,
-"Smaug", section 3; Razin et al. 2024, "Unintentional Unalignment".
+"Smaug", section 3; Razin et al. 2024, "Unintentional Unalignment"; α: Pang et al. 2024, "Iterative Reasoning
+Preference Optimization", section 2.
+Differs: α = 0 is the loss of Rafailov et al.; here it is 0.4 and the labels are smoothed by 0.1 unless told otherwise.
 """
 
 from collections.abc import Sequence
@@ -21,7 +25,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf import InputError
@@ -38,13 +42,13 @@ Loss = Literal["sigmoid", "ipo", "hinge"]
 class DPOConfig:
     """How to run DPO."""
 
-    steps: int = 200
+    steps: int = 260
     """Optimiser steps."""
     batch_size: int = 12
     """Records (rankings or pairs) a step; a ranking brings several pairs, and each response is computed once."""
     microbatch_size: int = 0
     """Records in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
-    lr: float = 1.5e-4
+    lr: float = 3e-4
     """Peak learning rate."""
     warmup_steps: int = 10
     """Steps until the peak; from there half a cosine down to a tenth."""
@@ -52,7 +56,7 @@ class DPOConfig:
     """AdamW's, on matrices only."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    beta: float = 0.2
+    beta: float = 0.1
     """β, the price of a nat of KL: smaller moves further from the reference."""
     loss: Loss = "sigmoid"
     """sigmoid (DPO), ipo or hinge."""
@@ -61,19 +65,20 @@ class DPOConfig:
     label_smoothing: float | None = None
     """The share of labels taken to be wrong (cDPO). For sigmoid, which alone knows of it, 0.1 unless another is given:
     people disagree, and 0 would trust every one of them."""
-    sft_coef: float = 0.0
-    """Weight of the chosen response's own cross-entropy, nats a token, which holds its log-prob up (RPO)."""
+    sft_coef: float = 0.4
+    """Weight of the cross-entropy of the chosen response, in nats a token, in pairs where it is the best of its record:
+    it holds that response's log-prob up."""
     average: bool = False
     """Average log-probs over the response's tokens instead of summing them (for IPO)."""
     held_out: float = 0.05
     """Share of the records kept for the held-out accuracy."""
-    eval_every: int = 100
+    eval_every: int = 130
     """Steps between held-out accuracies."""
 
     def __post_init__(self):
         check_at_least(1, steps=self.steps, batch_size=self.batch_size, eval_every=self.eval_every)
         check_at_least(0, microbatch_size=self.microbatch_size, warmup_steps=self.warmup_steps)
-        check_at_least(0, weight_decay=self.weight_decay)
+        check_at_least(0, weight_decay=self.weight_decay, sft_coef=self.sft_coef)
         check_positive(lr=self.lr, max_grad_norm=self.max_grad_norm, beta=self.beta)
         check_share(held_out=self.held_out)
         if not 0 <= self.smoothing <= 0.5:
@@ -132,6 +137,18 @@ def preference_loss(
     return torch.relu(1 - beta * h)
 
 
+def chosen_nll(chosen_logps: Float[Tensor, " B"], lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """-log π(y_w|x) / |y_w|: the chosen response's cross-entropy, in nats a token.
+
+    Source: Pang et al. 2024, section 2 (the second term of their loss).
+
+    Args:
+        chosen_logps: (B,) summed over the response, in nats.
+        lengths: (B,) tokens of the response.
+    """
+    return -chosen_logps / lengths
+
+
 def response_logps(model: GPT, packed: Packed, average: bool = False, kernel: str = "auto") -> Float[Tensor, " N"]:
     """log π(y|x) = Σ_t log π(y_t|x, y_<t) of N packed responses, in nats; with `average`, nats a token."""
     tokens, positions, attend, _, predictors, targets, owners = (part.to(model.wte.weight.device) for part in packed)
@@ -158,6 +175,7 @@ class Comparisons(NamedTuple):
     index: list[int]  # which response of the data each is, for the reference's cached log-probs
     chosen: Int[Tensor, " P"]  # of each pair, its place among the N
     rejected: Int[Tensor, " P"]
+    best: Bool[Tensor, " P"]  # whether nothing in the record is preferred to the chosen one
 
 
 def pairs_of(ranks: Sequence[int], which: Literal["all", "best"] = "all") -> list[tuple[int, int]]:
@@ -199,7 +217,8 @@ def collate_records(data: PreferenceData, index: Sequence[int], fill: int) -> Co
         pairs += [(len(responses) + better, len(responses) + worse) for better, worse in record.pairs]
         responses += range(data.starts[i], data.starts[i] + len(record.examples))
     chosen, rejected = torch.tensor(pairs).unbind(-1)
-    return Comparisons(pack([record.examples for record in records], fill), responses, chosen, rejected)
+    best = ~torch.isin(chosen, rejected)
+    return Comparisons(pack([record.examples for record in records], fill), responses, chosen, rejected, best)
 
 
 def with_reference(
@@ -227,7 +246,7 @@ def by_length(records: Sequence[Compared], batch_size: int) -> list[list[int]]:
 def pair_metrics(
     model: GPT, data: PreferenceData, batch: Comparisons, config: DPOConfig, kernel: str
 ) -> tuple[Float[Tensor, " P"], dict[str, Float[Tensor, " P"]]]:
-    """The loss of each pair, and what people look at: rewards β·logratio, margins, accuracy, log-probs apart."""
+    """What is minimised of each pair, and what people look at: its parts, rewards β·logratio, margins, accuracy."""
     device = model.wte.weight.device
     logps = response_logps(model, batch.packed, config.average, kernel).float()  # (N,)
     ref_logps = data.ref_logps[batch.index].to(device)
@@ -236,13 +255,13 @@ def pair_metrics(
     chosen, rejected = (logps.index_select(0, places) for places in pick)  # (P,)
     ref_chosen, ref_rejected = (ref_logps[places] for places in pick)
     losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.loss, config.smoothing)
-    if config.sft_coef:
-        lengths = batch.packed.owners.bincount().to(device)
-        losses = losses - config.sft_coef * chosen / (1 if config.average else lengths[pick[0]])
+    lengths = torch.ones_like(batch.packed.ends) if config.average else batch.packed.owners.bincount()
+    nll = chosen_nll(chosen, lengths[batch.chosen].to(device))
     chosen_reward, rejected_reward = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
     margin = (chosen_reward - rejected_reward).detach()
-    return losses, {
+    return losses + config.sft_coef * batch.best.to(device) * nll, {
         "loss": losses.detach(),
+        "chosen_nll": nll.detach(),
         "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
         "margin": margin,
         "chosen_reward": chosen_reward.detach(),

@@ -436,7 +436,7 @@ def _draw_curves(axes, name: str, columns: dict[str, list[float]]) -> None:
     other.plot(columns["step"], columns["kl_exact"], "-.", color=LIGHT, label="KL (right)")
     axes.set(xlabel="step", ylabel="reward", title=f"Training of {name}")
     lines = [*axes.lines, *other.lines]
-    axes.legend(lines, [line.get_label() for line in lines], loc="lower right")
+    axes.legend(lines, [line.get_label() for line in lines], loc="center right")
 
 
 def _right_axis(axes, label: str):

@@ -45,24 +45,24 @@ NOISE_FLOOR = {"fp32": 1e-3, "bf16": 0.25}  # nats a token that sampling and tra
 class PPOConfig:
     """How to run PPO."""
 
-    steps: int = 34
+    steps: int = 22
     """Rollouts, each followed by its updates."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Responses a rollout."""
     responses_per_prompt: int = 1
     """Responses drawn to each prompt."""
-    epochs: int = 3
+    epochs: int = 2
     """Passes over a rollout."""
-    minibatches: int = 2
+    minibatches: int = 4
     """Optimiser steps in a pass."""
-    microbatch_size: int = 16
-    """Responses in memory at a time, those of like length together so that little padding is computed; gradients
-    accumulate to those of the minibatch. 0 = the whole minibatch."""
+    microbatch_size: int = 0
+    """Responses in memory at a time, those of like length together; gradients accumulate to those of the minibatch.
+    0 = the whole minibatch."""
     response_tokens: str = "48"
     """Response limit in tokens: a number, or LOW:HIGH to draw one for each response."""
     temperature: float = 1.0
     """Of the sampling, and of every log-prob."""
-    lr: float = 3e-4
+    lr: float = 4e-4
     """Peak learning rate of the policy; falls along half a cosine to a tenth."""
     critic_lr: float = 1e-3
     """Peak learning rate of a separate critic."""

@@ -33,9 +33,9 @@ MAX_TIED = 10  # the likelihood of m tied responses sums over 2^m subsets
 class RewardModelConfig:
     """How to train a reward model."""
 
-    steps: int = 700
+    steps: int = 1300
     """Optimiser steps."""
-    batch_size: int = 12
+    batch_size: int = 6
     """Rankings (or pairs) a step."""
     microbatch_size: int = 0
     """Rankings in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
@@ -53,7 +53,7 @@ class RewardModelConfig:
     """Weight of the penalty on (Σ scores)², which fixes the free constant (Eisenstein et al. 2023, section 2)."""
     held_out: float = 0.05
     """Share of the records kept for the held-out accuracy."""
-    eval_every: int = 350
+    eval_every: int = 650
     """Steps between held-out accuracies."""
 
     def __post_init__(self):

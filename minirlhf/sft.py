@@ -37,7 +37,7 @@ from minirlhf.tokenizer import Tokenizer
 class SFTConfig:
     """How to train on next-token prediction."""
 
-    steps: int = 900
+    steps: int = 600
     """Optimiser steps."""
     batch_size: int = 16
     """Sequences a step."""

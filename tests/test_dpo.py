@@ -14,6 +14,7 @@ from minirlhf import InputError
 from minirlhf.data import Ranking, pack
 from minirlhf.dpo import (
     DPOConfig,
+    chosen_nll,
     collate_records,
     held_out_metrics,
     pair_metrics,
@@ -144,6 +145,13 @@ def test_a_bounded_aim_is_left_behind_no_further():
     assert slope("sigmoid", 0.1) > 0 > slope("sigmoid")
 
 
+@given(st.lists(st.tuples(LOGPS, st.integers(1, 50)), min_size=1, max_size=5))
+def test_the_chosen_response_is_learnt_token_by_token(rows_given):
+    logps, lengths = zip(*rows_given)
+    got = chosen_nll(torch.tensor(logps, dtype=torch.float64), torch.tensor(lengths))
+    assert got.tolist() == pytest.approx([-logp / length for logp, length in rows_given])
+
+
 # --- log-probs --------------------------------------------------------------------------------------------------------
 
 
@@ -268,18 +276,21 @@ def test_the_reference_is_kept_response_by_response(tiny, tiny_tokenizer, size, 
 
 def test_metrics_of_pairs_by_hand(tiny, tiny_tokenizer):
     model, ref, records = tiny(0), clone(tiny(3)), made(tiny_tokenizer)
-    config = DPOConfig(beta=0.3, label_smoothing=0.1)
+    config = DPOConfig(beta=0.3, label_smoothing=0.1, sft_coef=0.4)
     data = with_reference(ref, records, tiny_tokenizer.eot, 3, False, "fp32", "auto")
     index = [2, 0]  # the batch is in another order than the data
     losses, metrics = pair_metrics(model, data, collate_records(data, index, tiny_tokenizer.eot), config, "auto")
     pairs = [[records[i].examples[k] for k in pair] for i in index for pair in records[i].pairs]
     assert len(pairs) == len(losses) == 7
+    beaten = [records[i].examples[worse] for i in index for _, worse in records[i].pairs]
+    assert any(chosen in beaten for chosen, _ in pairs)  # a second best, which is not learnt
     for place, pair in enumerate(pairs):
         chosen, rejected = (logp_by_hand(model, e).item() for e in pair)
         ref_chosen, ref_rejected = (logp_by_hand(ref, e).item() for e in pair)
         margin = 0.3 * ((chosen - ref_chosen) - (rejected - ref_rejected))
         expected = {
             "loss": -0.9 * math.log(sigmoid(margin)) - 0.1 * math.log(sigmoid(-margin)),
+            "chosen_nll": -logp_by_hand(model, pair[0], average=True).item(),
             "accuracy": float(margin > 0),
             "margin": margin,
             "chosen_reward": 0.3 * (chosen - ref_chosen),
@@ -288,7 +299,8 @@ def test_metrics_of_pairs_by_hand(tiny, tiny_tokenizer):
             "rejected_logps": rejected,
         }
         assert {name: values[place].item() for name, values in metrics.items()} == pytest.approx(expected, abs=1e-4)
-        assert losses[place].item() == pytest.approx(expected["loss"], abs=1e-5)
+        learnt = 0.0 if pair[0] in beaten else 0.4 * expected["chosen_nll"]
+        assert losses[place].item() == pytest.approx(expected["loss"] + learnt, abs=1e-5)
     assert losses.requires_grad
     assert not any(values.requires_grad for values in metrics.values())
 
@@ -322,8 +334,10 @@ def train_tiny(folder, model, tokenizer, config=CONFIG, rankings=RANKINGS, held_
         {"loss": "sigmoid", "label_smoothing": 0.2},
         {"loss": "ipo", "average": True},
         {"loss": "hinge"},
+        {"sft_coef": 0.7},
+        {"loss": "ipo", "average": True, "sft_coef": 0.7},
     ],
-    ids=["sigmoid", "cdpo", "ipo", "hinge"],
+    ids=["sigmoid", "cdpo", "ipo", "hinge", "sft", "ipo-sft"],
 )
 @pytest.mark.parametrize("size", [0, 1, 2, 4, 100])
 def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, tmp_path, monkeypatch, size, options):
@@ -331,18 +345,24 @@ def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, 
     monkeypatch.setattr(dpo, "adamw", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
     records, average = made(tiny_tokenizer), options.get("average", False)
     config = DPOConfig(
-        steps=1, batch_size=4, microbatch_size=size, lr=1.0, warmup_steps=0, max_grad_norm=1e6, beta=0.5, **options
-    )
+        steps=1, batch_size=4, microbatch_size=size, lr=1.0, warmup_steps=0, max_grad_norm=1e6, beta=0.5,
+        **{"sft_coef": 0.0, **options},
+    )  # fmt: skip
     by_hand, ref = tiny(0), clone(tiny(3))
     four = [*pairs_by_hand(by_hand, records, average), *pairs_by_hand(ref, records, average)]
     loss = preference_loss(*four, 0.5, config.loss, config.smoothing).mean()
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(by_hand.parameters()))])
+    nll = -pairs_by_hand(by_hand, records, average=True)[0]
+    best = [ranking.ranks[i] == min(ranking.ranks) for ranking in PREFERENCES for i, _ in pairs_of(ranking.ranks)]
+    assert 0 < sum(best) < len(best)  # a second best is preferred to a third, and not learnt
+    total = loss + config.sft_coef * (nll * torch.tensor(best)).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(total, list(by_hand.parameters()))])
     assert expected.abs().max() > 1e-2
 
     model = tiny(0)
     metrics = train_tiny(tmp_path / "run", model, tiny_tokenizer, config, held_out=[], ref=ref)
     torch.testing.assert_close(weights(by_hand) - weights(model), expected, rtol=0, atol=2e-6)
-    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)  # of the preferences alone
+    assert metrics["chosen_nll"] == pytest.approx(nll.mean().item(), rel=1e-5)
     assert metrics["chosen_logps"] == pytest.approx(four[0].mean().item(), rel=1e-5)
     assert metrics["rejected_logps"] == pytest.approx(four[1].mean().item(), rel=1e-5)
 
@@ -404,7 +424,7 @@ def test_training_learns_the_preference(tiny, tiny_tokenizer, tmp_path, loss):
     def rankings(start, n):
         return [Ranking(f"Order {i}:", (" Go away.", " I apologise."), (2, 1)) for i in range(start, start + n)]
 
-    config = DPOConfig(steps=25, batch_size=8, lr=5e-3, warmup_steps=2, loss=loss, beta=0.3, eval_every=10)
+    config = DPOConfig(steps=25, batch_size=8, lr=5e-3, warmup_steps=2, loss=loss, beta=0.3, eval_every=10, sft_coef=0)
     metrics = train_tiny(tmp_path / "run", tiny(), tiny_tokenizer, config, rankings(10, 60), rankings(70, 20))
     logged = rows(tmp_path / "run")
     assert abs(logged[0]["margin"]) < 1e-4  # the policy starts as the reference
@@ -417,6 +437,7 @@ def test_training_learns_the_preference(tiny, tiny_tokenizer, tmp_path, loss):
     assert [row["lr"] for row in logged] == [cosine_lr(step, 25, 5e-3, 2) for step in range(25)]
     names = {
         "loss",
+        "chosen_nll",
         "accuracy",
         "margin",
         "chosen_reward",
@@ -428,6 +449,18 @@ def test_training_learns_the_preference(tiny, tiny_tokenizer, tmp_path, loss):
     for row in logged:
         assert names <= row.keys()
         assert all(row[name] is not None for name in names)  # null is what a number that is none becomes
+
+
+def test_learning_the_chosen_response_holds_it_up(tiny, tiny_tokenizer, tmp_path):
+    rankings = [Ranking(f"Order {i}:", (" Go away.", " I apologise."), (2, 1)) for i in range(60)]
+
+    def chosen_logps(sft_coef):
+        config = DPOConfig(steps=25, batch_size=8, lr=5e-3, warmup_steps=2, beta=0.3, sft_coef=sft_coef)
+        metrics = train_tiny(tmp_path / str(sft_coef), tiny(), tiny_tokenizer, config, rankings, held_out=[])
+        assert metrics["accuracy"] == 1.0
+        return metrics["chosen_logps"]
+
+    assert chosen_logps(2.0) > chosen_logps(0.0) + 1.0
 
 
 def test_held_out_metrics_weigh_every_pair_alike(tiny, tiny_tokenizer):
@@ -504,6 +537,7 @@ def test_data_without_any_preference_is_refused(tiny, tiny_tokenizer, tmp_path):
     [
         ("steps", 0), ("batch_size", 0), ("microbatch_size", -1), ("lr", -1e-3), ("lr", math.nan), ("warmup_steps", -1),
         ("weight_decay", -0.1), ("max_grad_norm", 0.0), ("beta", 0.0), ("beta", -1.0), ("beta", math.nan),
+        ("sft_coef", -0.1), ("sft_coef", math.nan),
         ("label_smoothing", 0.6), ("label_smoothing", -0.1), ("label_smoothing", math.nan), ("held_out", 1.5),
         ("eval_every", 0),
     ],
