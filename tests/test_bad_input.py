@@ -483,7 +483,7 @@ def test_an_option_of_another_loss_is_refused(refused, loss):
 
 def test_fresh_weights_of_an_impossible_shape_are_refused(refused):
     fresh = ["--data", "demonstrations.jsonl", "--out", "out"]
-    assert "n_head must divide n_embd, got 3 heads" in refused("train_sft", *fresh, "--n-head", 3)
+    assert "n_head must divide n_embd, got 5 heads" in refused("train_sft", *fresh, "--n-head", 5)
     assert "n_layer must be at least 1, got 0" in refused("train_sft", *fresh, "--n-layer", 0)
     assert "at least 257" in refused("train_sft", *fresh, "--vocab-size", 20)
 
