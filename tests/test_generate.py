@@ -476,3 +476,9 @@ def test_a_missing_run_is_named(tmp_path, here):
 
 def test_a_missing_file_is_named(run, tmp_path, here):
     refused(here(run, "--prompts", tmp_path / "nothing.jsonl"), f"{tmp_path / 'nothing.jsonl'}: no such file")
+
+
+def test_a_token_cut_away_is_not_drawn_even_by_the_smallest_random_number(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator, **kwargs: torch.zeros(*shape, **kwargs))
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0], [0.0, 2.0, 1.0]])
+    assert draw(logits, Sampling(top_k=2), torch.Generator()).tolist() == [1, 1]
