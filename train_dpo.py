@@ -28,7 +28,7 @@ class Args(RunArgs):
     init: str = "runs/sft"
     """The policy to start from, which is also the reference."""
     config: DPOConfig = DPOConfig()
-    n: int = 3200
+    n: int = 5000
     """Rankings drawn from the embedded world."""
 
     def __post_init__(self):

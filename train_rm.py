@@ -29,7 +29,7 @@ class Args(RunArgs):
     init: str = "runs/sft"
     """The run, or GPT-2 folder, whose trunk is trained on."""
     config: RewardModelConfig = RewardModelConfig()
-    n: int = 8400
+    n: int = 6600
     """Rankings drawn from the embedded world; pairs drawn from labelled texts are twice the larger class."""
 
     def __post_init__(self):
@@ -54,7 +54,7 @@ def main(args: Args) -> None:
         rankings, held_out, tokenizer, model.config.n_positions, args.config, args.seed
     )
     console.print(f"{len(rankings):,} rankings of {args.data}, {len(held_out):,} held out")
-    metrics = train(model, batch_at, held_out_batches, args.config, run, dtype=args.dtype)
+    metrics = train(model, batch_at, held_out_batches, args.config, run, dtype=args.dtype, kernel=args.kernel)
     if metrics.get("held_out_accuracy", math.nan) >= 0:  # NaN: no pair held out is strictly ordered
         note = f"  held-out pair accuracy {metrics['held_out_accuracy']:.3f}"
         if args.data == "helpdesk":
@@ -66,7 +66,7 @@ def main(args: Args) -> None:
 def read_data(args: Args) -> tuple[list[Ranking], list[Ranking]]:
     """Rankings to train on and rankings held out, which share no prompt."""
     if args.data == "helpdesk":
-        return helpdesk.rankings(args.n, args.seed), helpdesk.rankings(400, args.seed, held_out=True)
+        return helpdesk.rankings(args.n, args.seed), helpdesk.rankings(600, args.seed, held_out=True)
     records = read_records(args.data)
     expect(records, (type(records[0]),), args.data, "train_rm.py (which takes one kind of record at a time)")
     expect(records, (Ranking, Text), args.data, "train_rm.py")

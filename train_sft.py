@@ -61,7 +61,7 @@ def main(args: Args) -> None:
     records = read_data(args)
     if args.init is None and args.data == "helpdesk":
         init = ensure_run(Path("runs/pretrain"), "train_sft.py", "--data", "helpdesk:corpus", "--out", "runs/pretrain",
-                          "--steps", "650", "--lr", "4e-3", "--seed", str(args.seed))  # fmt: skip
+                          "--lr", "4e-3", "--seed", str(args.seed))  # fmt: skip
     else:
         init = args.init
     if init is not None:

@@ -540,6 +540,11 @@ class Packed(NamedTuple):
     targets: Int[Tensor, " M"]  # the response tokens themselves
     owners: Int[Tensor, " M"]  # which of the N sequences each belongs to
 
+    @property
+    def lengths(self) -> Int[Tensor, " N"]:
+        """Tokens of each response."""
+        return self.owners.bincount(minlength=len(self.ends))
+
 
 def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
     """Lay out each group of examples in one row: their common beginning, then the rest of each, one after another.
@@ -552,23 +557,27 @@ def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
         fill: id for the padding on the right.
     """
     rows, ends, counted = [], [], []
-    for group in groups:
+    for b, group in enumerate(groups):
         sequences = [example.tokens for example in group]
         # Each keeps a last token of its own, even one with which another goes on.
         differ = (at for at, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1)
         shared = next(differ, min(map(len, sequences)) - 1)
-        row = [(token, at, 0) for at, token in enumerate(sequences[0][:shared])]
-        for k, sequence in enumerate(sequences, start=1):
-            skipped = len(row) - shared  # from a token's place in its own sequence to its place in the row
-            row += [(token, at, k) for at, token in enumerate(sequence[shared:], start=shared)]
-            for at in range(max(group[k - 1].start, 1), len(sequence)):  # nothing predicts a first token
-                before = at - 1 if at <= shared else at - 1 + skipped
-                counted.append((len(rows), before, sequence[at], len(ends)))
-            ends.append((len(rows), len(row) - 1))
-        rows.append(row)
-    width = max(map(len, rows))
-    table = torch.tensor([row + [(fill, 0, -1)] * (width - len(row)) for row in rows])  # (B, T, 3)
-    tokens, positions, part = table.unbind(-1)
+        tokens, positions, part = sequences[0][:shared], list(range(shared)), [0] * shared
+        for k, (sequence, example) in enumerate(zip(sequences, group), start=1):
+            skipped = len(tokens) - shared  # from a token's place in its own sequence to its place in the row
+            first, last = max(example.start, 1) - 1, len(sequence) - 1  # nothing predicts a first token
+            before = [*range(first, shared), *range(max(first, shared) + skipped, last + skipped)]
+            counted += zip(itertools.repeat(b), before, sequence[first + 1 :], itertools.repeat(len(ends)))
+            tokens = tokens + sequence[shared:]
+            positions += range(shared, len(sequence))
+            part += [k] * (len(sequence) - shared)
+            ends.append((b, len(tokens) - 1))
+        rows.append((tokens, positions, part))
+    width = max(len(tokens) for tokens, _, _ in rows)
+    tokens, positions, part = (
+        torch.tensor([values + [blank] * (width - len(values)) for values in column])  # (B, T)
+        for column, blank in zip(zip(*rows), (fill, 0, -1))
+    )
     looks = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
     ends = torch.tensor([b * width + t for b, t in ends])
     b, before, targets, owners = torch.tensor(counted).reshape(-1, 4).unbind(-1)

@@ -30,9 +30,8 @@ from torch import Tensor
 
 from minirlhf import InputError
 from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack, packed_length
-from minirlhf.model import GPT, adamw
+from minirlhf.model import GPT, adamw, packed_logps
 from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
-from minirlhf.token_stats import token_stats
 from minirlhf.tokenizer import Tokenizer
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
@@ -42,13 +41,13 @@ Loss = Literal["sigmoid", "ipo", "hinge"]
 class DPOConfig:
     """How to run DPO."""
 
-    steps: int = 260
+    steps: int = 400
     """Optimiser steps."""
     batch_size: int = 12
     """Records (rankings or pairs) a step; a ranking brings several pairs, and each response is computed once."""
     microbatch_size: int = 0
     """Records in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
-    lr: float = 3e-4
+    lr: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 10
     """Steps until the peak; from there half a cosine down to a tenth."""
@@ -65,14 +64,14 @@ class DPOConfig:
     label_smoothing: float | None = None
     """The share of labels taken to be wrong (cDPO). For sigmoid, which alone knows of it, 0.1 unless another is given:
     people disagree, and 0 would trust every one of them."""
-    sft_coef: float = 0.4
+    sft_coef: float = 1.0
     """Weight of the cross-entropy of the chosen response, in nats a token, in pairs where it is the best of its record:
     it holds that response's log-prob up."""
     average: bool = False
     """Average log-probs over the response's tokens instead of summing them (for IPO)."""
     held_out: float = 0.05
     """Share of the records kept for the held-out accuracy."""
-    eval_every: int = 130
+    eval_every: int = 200
     """Steps between held-out accuracies."""
 
     def __post_init__(self):
@@ -150,12 +149,10 @@ def chosen_nll(chosen_logps: Float[Tensor, " B"], lengths: Int[Tensor, " B"]) ->
 
 
 def response_logps(model: GPT, packed: Packed, average: bool = False, kernel: str = "auto") -> Float[Tensor, " N"]:
-    """log π(y|x) = Σ_t log π(y_t|x, y_<t) of N packed responses, in nats; with `average`, nats a token."""
-    tokens, positions, attend, _, predictors, targets, owners = (part.to(model.wte.weight.device) for part in packed)
-    hidden = model(tokens, positions=positions, attend=attend).flatten(0, 1)  # (B·T, D)
-    logprobs = token_stats(model.logits(hidden.index_select(0, predictors)), targets, kernel=kernel).logprobs  # (M,)
-    total = logprobs.new_zeros(len(packed.ends)).index_add(0, owners, logprobs)
-    return total / owners.bincount(minlength=len(total)) if average else total
+    """log π(y|x) of N packed responses, in nats; with `average`, nats a token."""
+    tokens, positions, attend = (part.to(model.wte.weight.device) for part in packed[:3])
+    total = packed_logps(model, model(tokens, positions=positions, attend=attend), packed, kernel=kernel)
+    return total / packed.lengths.to(total.device) if average else total
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -255,7 +252,7 @@ def pair_metrics(
     chosen, rejected = (logps.index_select(0, places) for places in pick)  # (P,)
     ref_chosen, ref_rejected = (ref_logps[places] for places in pick)
     losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.loss, config.smoothing)
-    lengths = torch.ones_like(batch.packed.ends) if config.average else batch.packed.owners.bincount()
+    lengths = torch.ones_like(batch.packed.ends) if config.average else batch.packed.lengths
     nll = chosen_nll(chosen, lengths[batch.chosen].to(device))
     chosen_reward, rejected_reward = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
     margin = (chosen_reward - rejected_reward).detach()

@@ -154,7 +154,7 @@ class Args:
     """Folder of the report; an older report in it is replaced."""
     prompts: str = "helpdesk"
     """helpdesk, or a file of records whose prompts no training saw."""
-    n: int = 256
+    n: int = 300
     """Prompts; of a longer file, a random choice."""
     prompt_tokens: int = 4
     """Where the file holds plain texts: the first tokens of each that are the prompt."""

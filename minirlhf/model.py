@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minirlhf import InputError
+from minirlhf.data import Packed
 from minirlhf.token_stats import TokenStats, token_stats
 
 
@@ -230,6 +231,31 @@ def response_stats(
             ref_logits = ref_model.logits(ref_model(before, real)[predicts])  # (N, V)
     logits = model.logits(model(before, real)[predicts])  # (N, V)
     return token_stats(logits, targets, ref_logits, temperature=temperature, kernel=kernel)
+
+
+def packed_logps(
+    model: GPT,
+    hidden: Float[Tensor, "B T D"],
+    packed: Packed,
+    which: Bool[Tensor, " N"] | None = None,
+    kernel: str = "auto",
+) -> Float[Tensor, " N"]:
+    """log π(y|x) = Σ_t log π(y_t|x, y_<t) of packed responses, in nats, from the states that `model` gave them.
+
+    Args:
+        model: the policy, for its head.
+        hidden: (B, T, D) states at the tokens of `packed`.
+        packed: N responses, see `data.pack`.
+        which: (N,), the responses that are wanted; the head runs on these, and the others get 0. None = all.
+        kernel: which `token_stats`.
+    """
+    predictors, targets, owners = (part.to(hidden.device) for part in packed[4:])
+    if which is not None:
+        wanted = which.to(hidden.device)[owners]
+        predictors, targets, owners = predictors[wanted], targets[wanted], owners[wanted]
+    states = hidden.flatten(0, 1).index_select(0, predictors)  # (M, D)
+    logprobs = token_stats(model.logits(states), targets, kernel=kernel).logprobs  # (M,)
+    return logprobs.new_zeros(len(packed.ends)).index_add(0, owners, logprobs)
 
 
 def scatter_counted(values: Float[Tensor, " N"], counted: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:

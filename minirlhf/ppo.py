@@ -45,7 +45,7 @@ NOISE_FLOOR = {"fp32": 1e-3, "bf16": 0.25}  # nats a token that sampling and tra
 class PPOConfig:
     """How to run PPO."""
 
-    steps: int = 22
+    steps: int = 24
     """Rollouts, each followed by its updates."""
     batch_size: int = 128
     """Responses a rollout."""
@@ -55,7 +55,7 @@ class PPOConfig:
     """Passes over a rollout."""
     minibatches: int = 4
     """Optimiser steps in a pass."""
-    microbatch_size: int = 0
+    microbatch_size: int = 16
     """Responses in memory at a time, those of like length together; gradients accumulate to those of the minibatch.
     0 = the whole minibatch."""
     response_tokens: str = "48"
@@ -86,7 +86,7 @@ class PPOConfig:
     """GAE's λ: 1 trusts the rewards seen, 0 the critic."""
     whiten: bool = True
     """Advantages to mean 0 and deviation 1 over the rollout."""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.07
     """β, the price of a nat of KL(π‖π_ref), in units of the score."""
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"
     """Of the KL that is paid for; all of them are logged."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minirlhf import InputError
 from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack, packed_length
-from minirlhf.model import ScalarModel, adamw
+from minirlhf.model import ScalarModel, adamw, packed_logps
 from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
 from minirlhf.tokenizer import Tokenizer
 
@@ -33,13 +33,13 @@ MAX_TIED = 10  # the likelihood of m tied responses sums over 2^m subsets
 class RewardModelConfig:
     """How to train a reward model."""
 
-    steps: int = 1300
+    steps: int = 1100
     """Optimiser steps."""
     batch_size: int = 6
     """Rankings (or pairs) a step."""
     microbatch_size: int = 0
     """Rankings in memory at a time; gradients accumulate to those of the whole batch. 0 = the whole batch."""
-    lr: float = 5e-4
+    lr: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 20
     """Steps until the peak; from there half a cosine down to a tenth."""
@@ -51,15 +51,18 @@ class RewardModelConfig:
     """By how much a better response must lead a worse one (Touvron et al. 2023, eq. 2)."""
     centring: float = 0.0
     """Weight of the penalty on (Σ scores)², which fixes the free constant (Eisenstein et al. 2023, section 2)."""
+    sft_coef: float = 2.0
+    """Weight of the cross-entropy of the best response, in nats a token: the trunk stays a language model."""
     held_out: float = 0.05
     """Share of the records kept for the held-out accuracy."""
-    eval_every: int = 650
+    eval_every: int = 1100
     """Steps between held-out accuracies."""
 
     def __post_init__(self):
         check_at_least(1, steps=self.steps, batch_size=self.batch_size, eval_every=self.eval_every)
         check_at_least(0, microbatch_size=self.microbatch_size, warmup_steps=self.warmup_steps)
         check_at_least(0, weight_decay=self.weight_decay, margin=self.margin, centring=self.centring)
+        check_at_least(0, sft_coef=self.sft_coef)
         check_positive(lr=self.lr, max_grad_norm=self.max_grad_norm)
         check_share(held_out=self.held_out)
 
@@ -118,6 +121,29 @@ def centring_loss(scores: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
     return scores.sum(-1).square()
 
 
+def best_nll(logps: Float[Tensor, "B K"], lengths: Int[Tensor, "B K"], ranks: Sequence[int]) -> Float[Tensor, " B"]:
+    """-log π(y|x) / |y| of the best response, in nats a token: the mean over those that share rank 1, 0 if all do.
+
+    A trunk that only has to sort responses forgets what it knew of language, and what it knew helps to sort them. This
+    term beside the ranking's keeps it able to write the best response itself.
+
+    Source: Yang et al. 2024, "Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs", section
+    3.2 (their SFT regularisation). Differs: a token's mean, where they sum over the response.
+
+    Args:
+        logps: (B, K) log-probs of whole responses, in nats, read for the best only.
+        lengths: (B, K) their tokens.
+        ranks: K ranks, 1 = best.
+    """
+    best = best_of(ranks)
+    return -(logps[:, best] / lengths[:, best]).mean(-1) if best else logps.new_zeros(len(logps))
+
+
+def best_of(ranks: Sequence[int]) -> list[int]:
+    """Places of the responses that share rank 1; none if all do, for then nothing is known to be good."""
+    return [k for k, rank in enumerate(ranks) if rank == min(ranks)] if len(set(ranks)) > 1 else []
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -165,8 +191,27 @@ def collate_rankings(ranked: Sequence[RankedExamples], fill: int) -> Rankings:
 
 def score_batch(model: ScalarModel, batch: Rankings) -> Float[Tensor, " N"]:
     """The score of each response, read at its last token."""
-    tokens, positions, attend, ends = (part.to(model.score.weight.device) for part in batch.packed[:4])
-    return model(tokens, positions=positions, attend=attend).flatten()[ends]
+    return _scores(model, _states(model, batch), batch)
+
+
+def scores_and_logps(
+    model: ScalarModel, batch: Rankings, kernel: str = "auto"
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """The score of each response, and the trunk's log-prob of the best of each ranking (0 for the others)."""
+    hidden = _states(model, batch)
+    best = torch.zeros(len(batch.packed.ends), dtype=torch.bool)
+    for rows, ranks in batch.groups:
+        best[rows[:, best_of(ranks)]] = True
+    return _scores(model, hidden, batch), packed_logps(model.trunk, hidden, batch.packed, best, kernel)
+
+
+def _states(model: ScalarModel, batch: Rankings) -> Float[Tensor, "B T D"]:
+    tokens, positions, attend = (part.to(model.score.weight.device) for part in batch.packed[:3])
+    return model.trunk(tokens, positions=positions, attend=attend)
+
+
+def _scores(model: ScalarModel, hidden: Float[Tensor, "B T D"], batch: Rankings) -> Float[Tensor, " N"]:
+    return model.score(hidden.flatten(0, 1)[batch.packed.ends.to(hidden.device)]).squeeze(-1)
 
 
 def pair_accuracy(model: ScalarModel, batches: Sequence[Rankings]) -> float:
@@ -228,6 +273,7 @@ def train(
     run: Run,
     *,
     dtype: str = "fp32",
+    kernel: str = "auto",
 ) -> dict[str, float]:
     """Train `model` in place; return the last step's metrics (loss in nats a ranking, held-out pair accuracy)."""
     device = model.score.weight.device
@@ -241,26 +287,38 @@ def train(
         lr = cosine_lr(step, config.steps, config.lr, config.warmup_steps)
         set_lr(optimizer, lr)
 
-        loss = right = pairs = 0.0
+        loss = nll = right = pairs = 0.0
         for piece in pieces:
+            logps = lengths = None
             with autocast(device, dtype):
-                scores = score_batch(model, piece).float()  # (N,)
-            piece_loss = scores.new_zeros(())
+                if config.sft_coef:
+                    scores, logps = scores_and_logps(model, piece, kernel)
+                    lengths = piece.packed.lengths.to(device)
+                else:
+                    scores = score_batch(model, piece)
+            scores = scores.float()  # (N,)
+            piece_loss, piece_nll = scores.new_zeros(()), scores.new_zeros(())
             for rows, ranks in piece.groups:
-                ours = scores[rows.to(device)]  # (B, K)
+                rows = rows.to(device)
+                ours = scores[rows]  # (B, K)
                 piece_loss = piece_loss + ranking_loss(ours, ranks, config.margin).sum()
                 piece_loss = piece_loss + config.centring * centring_loss(ours).sum()
+                if logps is not None:
+                    piece_nll = piece_nll + best_nll(logps[rows], lengths[rows], ranks).sum()
                 best_against_worst = ranks[0] != ranks[-1]
                 right += float((ours[:, 0] > ours[:, -1]).sum()) if best_against_worst else 0.0
                 pairs += len(rows) if best_against_worst else 0
-            (piece_loss / rankings).backward()
+            ((piece_loss + config.sft_coef * piece_nll) / rankings).backward()
             loss += piece_loss.item() / rankings
+            nll += piece_nll.item() / rankings
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        run.require_finite(step, loss=loss, gradient=grad_norm)
+        run.require_finite(step, loss=loss, best_nll=nll, gradient=grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
         metrics = {"loss": loss, "best_over_worst": right / max(1.0, pairs), "grad_norm": float(grad_norm), "lr": lr}
+        if config.sft_coef:
+            metrics["best_nll"] = nll
         if held_out and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             metrics["held_out_accuracy"] = pair_accuracy(model, held_out)
         run.log(step, metrics, show=("loss", "best_over_worst", "held_out_accuracy"))

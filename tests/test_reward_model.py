@@ -18,11 +18,13 @@ from minirlhf.reward_model import (
     MAX_TIED,
     RewardModelConfig,
     batches,
+    best_nll,
     centring_loss,
     collate_rankings,
     pair_accuracy,
     ranking_loss,
     score_batch,
+    scores_and_logps,
     tokenise,
     train,
 )
@@ -340,6 +342,42 @@ def test_the_score_stands_at_the_last_token_whatever_the_batch(tiny, tiny_tokeni
     assert alone.unique().numel() > 15
 
 
+def logp_by_hand(model: ScalarModel, example) -> torch.Tensor:
+    """log π(y|x) of one response alone, in nats."""
+    states = model.trunk(torch.tensor([example.tokens]))[0]
+    table = torch.log_softmax(states @ model.trunk.wte.weight.T, dim=-1)
+    return sum(table[t - 1, example.tokens[t]] for t in range(max(example.start, 1), len(example.tokens)))
+
+
+def test_the_best_are_read_as_language_too_and_no_others(tiny, tiny_tokenizer):
+    model = tiny()
+    ranked, _ = tokenise(RANKINGS, tiny_tokenizer, CONTEXT)  # best first; the third has two best, the sixth none
+    batch = collate_rankings(ranked, tiny_tokenizer.eot)
+    scores, logps = scores_and_logps(model, batch)
+    torch.testing.assert_close(scores, score_batch(model, batch), rtol=0, atol=1e-6)
+    expected = []
+    for one in ranked:
+        for example, rank in zip(one.examples, one.ranks, strict=True):
+            best = rank == 1 and len(set(one.ranks)) > 1
+            expected.append(logp_by_hand(model, example) if best else torch.tensor(0.0))
+    expected = torch.stack(expected)
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+    assert int((logps != 0).sum()) == 7
+    assert torch.equal(
+        batch.packed.lengths, torch.tensor([len(e.tokens) - e.start for o in ranked for e in o.examples])
+    )
+    for a, b in zip(*(torch.autograd.grad(x.sum(), list(model.trunk.parameters())) for x in (logps, expected))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_best_nll_by_hand():
+    logps, lengths = torch.tensor([[-6.0, -4.0, -9.0], [-1.0, -3.0, -9.0]]), torch.tensor([[3, 1, 2], [2, 6, 4]])
+    assert best_nll(logps, lengths, (1, 2, 3)).tolist() == [2.0, 0.5]
+    assert best_nll(logps, lengths, (3, 2, 1)).tolist() == [4.5, 2.25]
+    assert best_nll(logps, lengths, (1, 1, 2)).tolist() == [3.0, 0.5]  # the mean of the two
+    assert best_nll(logps, lengths, (2, 2, 2)).tolist() == [0.0, 0.0]  # nothing is known to be good
+
+
 def test_batches_are_a_pure_function_of_seed_and_step(tiny_tokenizer):
     config = RewardModelConfig(batch_size=4, microbatch_size=3)
 
@@ -414,15 +452,21 @@ def train_tiny(folder, model, tokenizer, config=CONFIG, rankings=RANKINGS, held_
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 100])
-@pytest.mark.parametrize("centring", [0.0, 0.05])
-def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, tmp_path, monkeypatch, size, centring):
+@pytest.mark.parametrize(("centring", "sft_coef"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.7)])
+def test_accumulated_gradients_are_those_of_one_big_batch(
+    tiny, tiny_tokenizer, tmp_path, monkeypatch, size, centring, sft_coef
+):
     # With plain gradient descent, the step is the gradient. One of the rankings is all tied: alone, it moves nothing.
     monkeypatch.setattr(reward_model, "adamw", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
-    by_hand, total = tiny(), 0.0
+    by_hand, total, nll = tiny(), 0.0, 0.0
     for one in tokenise(RANKINGS, tiny_tokenizer, CONTEXT)[0]:
         scores = torch.stack([by_hand(torch.tensor([example.tokens]))[0, -1] for example in one.examples])[None]
         total = total + (ranking_loss(scores, one.ranks, 0.2) + centring * scores.sum() ** 2).sum()
-    mean = total / len(RANKINGS)
+        best = [e for e, rank in zip(one.examples, one.ranks) if rank == 1 < max(one.ranks)]
+        for example in best:
+            nll = nll - logp_by_hand(by_hand, example) / (len(example.tokens) - example.start) / len(best)
+    loss, mean_nll = total / len(RANKINGS), nll / len(RANKINGS)
+    mean = loss + sft_coef * mean_nll
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(mean, list(by_hand.parameters()))])
 
     model = tiny()
@@ -435,10 +479,27 @@ def test_accumulated_gradients_are_those_of_one_big_batch(tiny, tiny_tokenizer, 
         max_grad_norm=1e6,
         margin=0.2,
         centring=centring,
+        sft_coef=sft_coef,
     )
     metrics = train_tiny(tmp_path / "run", model, tiny_tokenizer, config, held_out=[])
     torch.testing.assert_close(weights(by_hand) - weights(model), expected, rtol=0, atol=1e-6)
-    assert metrics["loss"] == pytest.approx(mean.item(), rel=1e-5)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics.get("best_nll") == (pytest.approx(mean_nll.item(), rel=1e-5) if sft_coef else None)
+
+
+def test_the_trunk_stays_a_language_model(tiny, tiny_tokenizer, tmp_path):
+    def nll_after(name, sft_coef):
+        model = tiny()
+        config = RewardModelConfig(steps=15, batch_size=7, lr=1e-2, warmup_steps=0, sft_coef=sft_coef)
+        train_tiny(tmp_path / name, model, tiny_tokenizer, config, held_out=[])
+        ranked, _ = tokenise(RANKINGS[:1], tiny_tokenizer, CONTEXT)
+        with torch.no_grad():
+            best, _, worst = (logp_by_hand(model, example).item() for example in ranked[0].examples)
+        return best, worst
+
+    (without, _), (best, worst) = nll_after("without", 0.0), nll_after("with", 1.0)
+    assert best > without + 10
+    assert best > worst
 
 
 def test_it_learns_what_is_there_to_learn(tiny, tiny_tokenizer, tmp_path):
@@ -453,7 +514,7 @@ def test_it_learns_what_is_there_to_learn(tiny, tiny_tokenizer, tmp_path):
             )
         return made
 
-    config = RewardModelConfig(steps=40, batch_size=16, lr=2e-2, warmup_steps=4, eval_every=20)
+    config = RewardModelConfig(steps=40, batch_size=16, lr=2e-2, warmup_steps=4, eval_every=20, sft_coef=0.0)
     model = tiny()
     _, held_out = batches(pairs(0, 2), pairs(1000, 60), tiny_tokenizer, CONTEXT, config, seed=0)
     before = pair_accuracy(model, held_out)
@@ -534,8 +595,8 @@ def test_an_accuracy_that_nothing_held_out_can_show_is_logged_as_none(tiny, tiny
     ("field", "value"),
     [
         ("steps", 0), ("batch_size", 0), ("microbatch_size", -1), ("lr", -1e-3), ("lr", math.nan), ("warmup_steps", -1),
-        ("weight_decay", -0.1), ("max_grad_norm", 0.0), ("margin", -0.1), ("centring", -1.0), ("held_out", 1.5),
-        ("eval_every", 0),
+        ("weight_decay", -0.1), ("max_grad_norm", 0.0), ("margin", -0.1), ("centring", -1.0), ("sft_coef", -1.0),
+        ("held_out", 1.5), ("eval_every", 0),
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_sense_is_refused(field, value):
