@@ -42,12 +42,14 @@ demo: install
 
 # The reward model and DPO both start from the SFT model and need nothing of each other. Small tensors keep two threads
 # busy for two thirds of the time only, so these two train side by side, each on half the cores.
-HALF := $(shell $(PYTHON) -c 'import os; print(max(1, os.cpu_count() // 2))')
+CORES := len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+HALF = $(shell $(BIN)/python -c 'import os; print(max(1, ($(CORES)) // 2))')
 
-demo-rm:
+demo-rm: install
 	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_rm.py --init $(RUNS)/sft $(RM_ARGS) --out $(RUNS)/rm --seed $(SEED) --overwrite
 
-demo-dpo:
+demo-dpo: install
+	@mkdir -p $(RUNS)
 	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_dpo.py --init $(RUNS)/sft $(DPO_ARGS) --out $(RUNS)/dpo --seed $(SEED) --overwrite > $(RUNS)/dpo.log 2>&1 || { cat $(RUNS)/dpo.log; exit 1; }
 
 test: install

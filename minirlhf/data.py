@@ -542,7 +542,7 @@ class Packed(NamedTuple):
 
     @property
     def lengths(self) -> Int[Tensor, " N"]:
-        """Tokens of each response."""
+        """Counted tokens of each response."""
         return self.owners.bincount(minlength=len(self.ends))
 
 

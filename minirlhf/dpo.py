@@ -15,7 +15,7 @@ that β is too small or training too long.
 Source: Rafailov et al. 2023, "Direct Preference Optimization", eq. 7; the fall of both log-probs: Pal et al. 2024,
 "Smaug", section 3; Razin et al. 2024, "Unintentional Unalignment"; α: Pang et al. 2024, "Iterative Reasoning
 Preference Optimization", section 2.
-Differs: α = 0 is the loss of Rafailov et al.; here it is 0.4 and the labels are smoothed by 0.1 unless told otherwise.
+Differs: α = 0 is the loss of Rafailov et al.; here it is 1 and the labels are smoothed by 0.1 unless told otherwise.
 """
 
 from collections.abc import Sequence

@@ -158,6 +158,8 @@ class Args:
     """Prompts; of a longer file, a random choice."""
     prompt_tokens: int = 4
     """Where the file holds plain texts: the first tokens of each that are the prompt."""
+    skip_long_prompts: bool = False
+    """Leave out prompts that do not fit the context with their response, instead of stopping."""
     reward: str | None = None
     """What the runs were trained on, scored beside the judge: a folder, pkg.module:function or hf:DIR."""
     judge: str | None = None
@@ -278,14 +280,27 @@ def _read_prompts(args: Args, tokenizer: Tokenizer, context: int) -> list[TokenT
     for record in records:
         if isinstance(record, Text):
             tokens = tokenizer.encode(record.text)[: args.prompt_tokens]
-            prompts.append(TokenText(tokenizer.decode(tokens), tokens))
+            prompt = TokenText(tokenizer.decode(tokens), tokens)
         else:
-            prompts.append(TokenText(record.prompt, encode_prompt(tokenizer, record.prompt)))
-        if len(prompts[-1].tokens) + args.max_new_tokens > context:
+            prompt = TokenText(record.prompt, encode_prompt(tokenizer, record.prompt))
+        if len(prompt.tokens) + args.max_new_tokens <= context:
+            prompts.append(prompt)
+        elif not args.skip_long_prompts:
             raise InputError(
-                f"{record.source or 'a prompt of the helpdesk'}: a prompt of {len(prompts[-1].tokens)} tokens and "
-                f"--max-new-tokens {args.max_new_tokens} exceed the context of {context}; shorten one of them"
+                f"{record.source or 'a prompt of the helpdesk'}: a prompt of {len(prompt.tokens)} tokens and "
+                f"--max-new-tokens {args.max_new_tokens} exceed the context of {context}; shorten one of them, or "
+                "leave such prompts out with --skip-long-prompts"
             )
+    if len(prompts) < len(records):
+        left_out = len(records) - len(prompts)
+        console.print(
+            f"{left_out:,} of {len(records):,} prompts were too long for the context of {context} and left out"
+        )
+    if len(prompts) < 2:
+        raise InputError(
+            f"{args.prompts}: {len(prompts)} of {len(records)} prompts fit the context of {context}; give at least 2 "
+            "that do, or lower --max-new-tokens"
+        )
     return prompts
 
 

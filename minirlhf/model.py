@@ -373,7 +373,7 @@ def load_model(folder: str | Path, *, scalar: bool = False) -> GPT | ScalarModel
     Args:
         folder: holds `config.json` and `model.safetensors`. Weights are never unpickled.
         scalar: True = a `ScalarModel`, whose folder must hold a score head; False = a `GPT`, whose folder must not
-            (a reward model's trunk is no language model any more).
+            (a reward model is no policy).
 
     Raises:
         InputError: a file is missing, cut off, of another architecture, or its tensors do not fit the config.

@@ -5,9 +5,13 @@ Bradley & Terry's (1952) for pairs, and Plackett & Luce's (1959, 1975) for ranki
 probability proportional to e^r, then the best of the rest, and so on. Maximum likelihood under it gives the reward r,
 up to a constant per prompt that no comparison can see.
 
-Source: Christiano et al. 2017, eq. 1; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, eq. 1.
+Beside it, the trunk goes on learning to write the best response through its language-model head (`sft_coef`): it is
+the better judge for it, and bears a higher learning rate.
+
+Source: Christiano et al. 2017, eq. 1; Stiennon et al. 2020, section 3.4; Ouyang et al. 2022, eq. 1; Yang et al. 2024
+(`sft_coef`, see `best_nll`).
 Differs: Ouyang et al. average over the pairs of a ranking as if they were independent; we use the ranking's own
-likelihood, with ties summed over the orders that agree with them.
+likelihood, with ties summed over the orders that agree with them. Theirs is the likelihood alone, `sft_coef` 0.
 """
 
 import math
@@ -128,7 +132,7 @@ def best_nll(logps: Float[Tensor, "B K"], lengths: Int[Tensor, "B K"], ranks: Se
     term beside the ranking's keeps it able to write the best response itself.
 
     Source: Yang et al. 2024, "Regularizing Hidden States Enables Learning Generalizable Reward Model for LLMs", section
-    3.2 (their SFT regularisation). Differs: a token's mean, where they sum over the response.
+    3.2 (their SFT regularisation). Differs: the plain mean over its tokens; their code wraps the sum in -log σ(β ·).
 
     Args:
         logps: (B, K) log-probs of whole responses, in nats, read for the best only.
@@ -275,7 +279,10 @@ def train(
     dtype: str = "fp32",
     kernel: str = "auto",
 ) -> dict[str, float]:
-    """Train `model` in place; return the last step's metrics (loss in nats a ranking, held-out pair accuracy)."""
+    """Train `model` in place; return the last step's metrics.
+
+    `loss` is that of the rankings alone, in nats a ranking; what is minimised is loss + sft_coef · best_nll.
+    """
     device = model.score.weight.device
     optimizer = adamw(model, config.lr, config.weight_decay)
     start = run.restore(model=model, optimizer=optimizer)

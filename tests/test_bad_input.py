@@ -233,11 +233,20 @@ def test_a_prompt_longer_than_the_context_is_named(refused, run, command):
     line = refused(command, *reading(command, "long.jsonl"))
     assert line.startswith("error: long.jsonl:3: a prompt of ")
     assert "the context of 64; shorten" in line
-    if command == "train_ppo":  # the cure that the line names
+    if command != "generate":  # the cure that the line names
         assert "--skip-long-prompts" in line
         code, out, err = run(command, *reading(command, "long.jsonl"), "--skip-long-prompts")
         assert code == 0, err
         assert "1 of 3 prompts were too long for the context of 64 and left out" in out
+
+
+def test_too_few_prompts_that_fit_are_too_few_to_compare_on(refused):
+    rows = [{"prompt": "Please help."}, {"prompt": "help " * 60}, {"prompt": "help " * 61}]
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = refused("evaluate", *reading("evaluate", "long.jsonl"), "--skip-long-prompts")
+    assert line.strip() == (
+        "error: long.jsonl: 1 of 3 prompts fit the context of 64; give at least 2 that do, or lower --max-new-tokens"
+    )
 
 
 def test_a_reward_model_of_a_shorter_context_is_named(here, run, refused, make_run, tiny_tokenizer):

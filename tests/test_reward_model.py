@@ -452,7 +452,7 @@ def train_tiny(folder, model, tokenizer, config=CONFIG, rankings=RANKINGS, held_
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 100])
-@pytest.mark.parametrize(("centring", "sft_coef"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.7)])
+@pytest.mark.parametrize(("centring", "sft_coef"), [(0.0, 0.0), (0.05, 0.0), (0.05, 0.7)])
 def test_accumulated_gradients_are_those_of_one_big_batch(
     tiny, tiny_tokenizer, tmp_path, monkeypatch, size, centring, sft_coef
 ):
@@ -488,7 +488,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(
 
 
 def test_the_trunk_stays_a_language_model(tiny, tiny_tokenizer, tmp_path):
-    def nll_after(name, sft_coef):
+    def logps_after(name, sft_coef):
         model = tiny()
         config = RewardModelConfig(steps=15, batch_size=7, lr=1e-2, warmup_steps=0, sft_coef=sft_coef)
         train_tiny(tmp_path / name, model, tiny_tokenizer, config, held_out=[])
@@ -497,7 +497,7 @@ def test_the_trunk_stays_a_language_model(tiny, tiny_tokenizer, tmp_path):
             best, _, worst = (logp_by_hand(model, example).item() for example in ranked[0].examples)
         return best, worst
 
-    (without, _), (best, worst) = nll_after("without", 0.0), nll_after("with", 1.0)
+    (without, _), (best, worst) = logps_after("without", 0.0), logps_after("with", 1.0)
     assert best > without + 10
     assert best > worst
 
@@ -566,11 +566,50 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny, tiny_tokenizer, tmp_path, d
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
-def test_a_loss_that_is_not_a_number_stops(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+def test_bf16_products_give_float32_losses(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+    seen = []
+
+    def kept(name):
+        inner = getattr(reward_model, name)
+
+        def call(values, *rest):
+            seen.append((name, values.dtype, values.grad_fn is not None))
+            return inner(values, *rest)
+
+        monkeypatch.setattr(reward_model, name, call)
+
+    monkeypatch.setattr(reward_model, "adamw", lambda model, lr, _: torch.optim.SGD(model.parameters(), lr=lr))
+    kept("ranking_loss")
+    kept("best_nll")
+    moved, metrics = [], []
+    for dtype in ("fp32", "bf16"):
+        model, config = tiny(), RewardModelConfig(steps=1, batch_size=7, lr=1.0, warmup_steps=0, max_grad_norm=1e6)
+        batch_at, rest = batches(RANKINGS, [], tiny_tokenizer, CONTEXT, config, seed=5)
+        metrics.append(train(model, batch_at, rest, config, run_in(tmp_path / dtype, 1), dtype=dtype))
+        moved.append(weights(tiny()) - weights(model))
+    assert {(name, dtype, grad) for name, dtype, grad in seen} == {
+        ("ranking_loss", torch.float32, True),
+        ("best_nll", torch.float32, True),
+    }
+    assert metrics[1]["loss"] != metrics[0]["loss"]  # the products were in bf16 indeed
+    assert metrics[1]["best_nll"] != metrics[0]["best_nll"]
+    for name in ("loss", "best_nll"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=2e-2)
+    assert F.cosine_similarity(*moved, dim=0) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("loss", lambda scores, ranks, margin: scores.sum(-1) * math.nan),
+        ("best_nll", lambda logps, lengths, ranks: logps.sum(-1) * math.nan),
+    ],
+)
+def test_a_loss_that_is_not_a_number_stops(tiny, tiny_tokenizer, tmp_path, monkeypatch, name, broken):
     model = tiny()
     before = weights(model)
-    monkeypatch.setattr(reward_model, "ranking_loss", lambda scores, ranks, margin: scores.sum(-1) * math.nan)
-    with pytest.raises(InputError, match=r"loss became nan at step 0 of train_rm\.py"):
+    monkeypatch.setattr(reward_model, {"loss": "ranking_loss"}.get(name, name), broken)
+    with pytest.raises(InputError, match=rf"{name} became nan at step 0 of train_rm\.py"):
         train_tiny(tmp_path / "run", model, tiny_tokenizer)
     assert torch.equal(weights(model), before)
     assert not (tmp_path / "run").exists()
