@@ -278,6 +278,21 @@ def test_prompts_from_plain_texts_are_their_first_tokens(here):
     assert set(prompts) <= {tokenizer.decode(tokenizer.encode(text)[:3]) for text in texts}
 
 
+def test_a_prompt_that_just_fits_is_kept_and_a_longer_one_left_out_on_request(here, capsys):
+    tokenizer = Tokenizer.load(here / "runs/sft")
+    context = json.loads((here / "runs/sft/config.json").read_text())["n_positions"]
+    rows = [{"prompt": "Please help" + " me" * k} for k in (2, 5, 9, 14)]
+    (here / "growing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = [len(tokenizer.encode(row["prompt"])) for row in rows]
+    for room, kept in ((lengths[-1], 4), (lengths[-1] - 1, 3)):
+        out = here / f"room{room}"
+        main(Args(runs=(), baseline=Path("runs/sft"), out=out, prompts="growing.jsonl", judge="judges:brevity",
+                  max_new_tokens=context - room, skip_long_prompts=True, device="cpu", show=0))  # fmt: skip
+        assert read(out)[0]["prompts"] == kept
+        said = f"1 of 4 prompts were too long for the context of {context} and left out"
+        assert (said in capsys.readouterr().out) == (kept < 4)
+
+
 @pytest.fixture
 def bad_runs(here, make_run):
     """Runs that do not fit, and bad files, beside the good ones."""
