@@ -12,6 +12,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	-$(BIN)/python -m minirlhf.kernels
 	touch $@
 
 # `make demo QUICK=1` runs the same commands for a few steps: it shows that they work, not what they can do.

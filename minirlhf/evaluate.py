@@ -32,6 +32,7 @@ from minirlhf.model import GPT, response_stats, scatter_counted
 from minirlhf.rewards import TokenText, load_reward, score
 from minirlhf.runs import (
     check_at_least,
+    check_kernel,
     check_positive,
     cli,
     console,
@@ -177,7 +178,7 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     kernel: Kernel = "auto"
-    """Which token_stats."""
+    """Which token_stats: fused (compiled at first use), reference (plain PyTorch) or auto (fused where it can be)."""
 
     def __post_init__(self):
         check_at_least(2, n=self.n)
@@ -188,6 +189,7 @@ class Args:
             temperature=self.temperature,
             batch_size=self.batch_size,
         )
+        check_kernel(self.kernel, self.device)
 
 
 class Outcome(NamedTuple):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_args
+from typing import Annotated, NamedTuple
 
 import torch
 import tyro
@@ -19,8 +19,8 @@ from torch import Tensor
 from minirlhf import InputError
 from minirlhf.data import read_records, write_records
 from minirlhf.model import GPT, KVCache
-from minirlhf.runs import check_at_least, check_positive, cli, load_run, pick_device, seeded
-from minirlhf.token_stats import Kernel, token_stats
+from minirlhf.runs import check_at_least, check_kernel, check_positive, cli, load_run, pick_device, seeded
+from minirlhf.token_stats import token_stats
 
 
 @dataclass(frozen=True)
@@ -213,12 +213,11 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     kernel: str = "auto"
-    """Which token_stats: auto or reference."""
+    """Which token_stats: fused (compiled at first use), reference (plain PyTorch) or auto (fused where it can be)."""
 
     def __post_init__(self):
         check_positive(max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
-        if self.kernel not in get_args(Kernel):
-            raise InputError(f"--kernel must be one of {', '.join(get_args(Kernel))}, got {self.kernel!r}")
+        check_kernel(self.kernel, self.device)
         if (self.prompt is None) == (self.prompts is None):
             raise InputError("give either --prompt TEXT or --prompts FILE")
         if self.sampling.min_new_tokens > self.max_new_tokens:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from minirlhf import InputError
 from minirlhf.data import Packed
-from minirlhf.token_stats import TokenStats, token_stats
+from minirlhf.token_stats import TokenStats, linear_token_stats
 
 
 @dataclass(frozen=True)
@@ -225,12 +225,12 @@ def response_stats(
     predicts, targets = counted[:, 1:], tokens[:, 1:][counted[:, 1:]]  # (B, T-1), (N,)
     before = tokens[:, :-1]
     real = None if mask is None else mask[:, :-1]
-    ref_logits = None
+    ref = (None, None)
     if ref_model is not None:
         with torch.no_grad():
-            ref_logits = ref_model.logits(ref_model(before, real)[predicts])  # (N, V)
-    logits = model.logits(model(before, real)[predicts])  # (N, V)
-    return token_stats(logits, targets, ref_logits, temperature=temperature, kernel=kernel)
+            ref = ref_model(before, real)[predicts], ref_model.wte.weight.detach()  # (N, D), (V, D)
+    hidden = model(before, real)[predicts]  # (N, D)
+    return linear_token_stats(hidden, model.wte.weight, targets, *ref, temperature=temperature, kernel=kernel)
 
 
 def packed_logps(
@@ -254,7 +254,7 @@ def packed_logps(
         wanted = which.to(hidden.device)[owners]
         predictors, targets, owners = predictors[wanted], targets[wanted], owners[wanted]
     states = hidden.flatten(0, 1).index_select(0, predictors)  # (M, D)
-    logprobs = token_stats(model.logits(states), targets, kernel=kernel).logprobs  # (M,)
+    logprobs = linear_token_stats(states, model.wte.weight, targets, kernel=kernel).logprobs  # (M,)
     return logprobs.new_zeros(len(packed.ends)).index_add(0, owners, logprobs)
 
 

@@ -35,7 +35,7 @@ from minirlhf.runs import (
     seeded,
     set_lr,
 )
-from minirlhf.token_stats import TokenStats, token_stats
+from minirlhf.token_stats import TokenStats, linear_token_stats
 from minirlhf.tokenizer import Tokenizer
 
 NOISE_FLOOR = {"fp32": 1e-3, "bf16": 0.25}  # nats a token that sampling and training may differ by through rounding
@@ -364,12 +364,12 @@ def stats_and_values(
         return stats, token_values(critic, tokens, counted)
     predicts = counted[:, 1:]
     hidden = policy(tokens[:, :-1])[predicts]  # (N, D)
-    ref_logits = None
+    reference = (None, None)
     if ref is not None:
         with torch.no_grad():
-            ref_logits = ref.logits(ref(tokens[:, :-1])[predicts])
+            reference = ref(tokens[:, :-1])[predicts], ref.wte.weight.detach()
     targets = tokens[:, 1:][predicts]
-    stats = token_stats(policy.logits(hidden), targets, ref_logits, temperature=temperature, kernel=kernel)
+    stats = linear_token_stats(hidden, policy.wte.weight, targets, *reference, temperature=temperature, kernel=kernel)
     return stats, critic.score(hidden).squeeze(-1)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
@@ -37,8 +37,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import minirlhf
-from minirlhf import InputError
+from minirlhf import InputError, kernels
 from minirlhf.model import GPT, ScalarModel, load_model, save_model, write_tensors
+from minirlhf.token_stats import Kernel
 from minirlhf.tokenizer import Tokenizer
 
 console = Console(highlight=False)
@@ -58,7 +59,7 @@ class RunArgs:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the matrix products; weights and optimiser stay fp32."""
     kernel: str = "auto"
-    """Which token_stats: auto or reference."""
+    """Which token_stats: fused (compiled at first use), reference (plain PyTorch) or auto (fused where it can be)."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     resume: bool = False
@@ -70,9 +71,8 @@ class RunArgs:
         check_at_least(1, checkpoint_every=self.checkpoint_every)
         if self.resume and self.overwrite:
             raise InputError("--resume and --overwrite contradict each other; give one of them")
-        if self.kernel not in ("auto", "reference"):
-            raise InputError(f"--kernel must be auto or reference, got {self.kernel!r}")
         pick_device(self.device)
+        check_kernel(self.kernel, self.device)
 
 
 class Run:
@@ -412,6 +412,17 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N")
     return device
+
+
+def check_kernel(name: str, device: str) -> None:
+    """A kernel that does not exist is an error, and so is `fused` where it cannot be built."""
+    if name not in get_args(Kernel):
+        raise InputError(f"--kernel must be one of {', '.join(get_args(Kernel))}, got {name!r}")
+    if name == "fused":
+        try:
+            kernels.load(cuda=pick_device(device).type == "cuda")
+        except kernels.KernelUnavailable as reason:
+            raise InputError(f"--kernel fused: {reason}") from reason
 
 
 def cosine_lr(step: int, steps: int, peak: float, warmup: int, floor: float = 0.1) -> float:

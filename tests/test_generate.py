@@ -447,7 +447,7 @@ def refused(result, message):
         (["--prompt", "x", "--top-p", "0"], "--top-p must lie above 0 and at most at 1, got 0.0"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size must be a positive number, got 0"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens must be a positive number, got 0"),
-        (["--prompt", "x", "--kernel", "fast"], "--kernel must be one of auto, reference, got 'fast'"),
+        (["--prompt", "x", "--kernel", "fast"], "--kernel must be one of auto, fused, reference, got 'fast'"),
         ([], "give either --prompt TEXT or --prompts FILE"),
         (["--prompt", "x", "--prompts", "y.jsonl"], "give either --prompt TEXT or --prompts FILE"),
         (["--prompt", "x", "--min-new-tokens", "9", "--max-new-tokens", "8"], "--min-new-tokens 9 exceeds"),

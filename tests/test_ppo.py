@@ -33,7 +33,7 @@ from minirlhf.ppo import (
     whiten,
 )
 from minirlhf.runs import Run, RunArgs, cosine_lr, seeded
-from minirlhf.token_stats import token_stats
+from minirlhf.token_stats import linear_token_stats
 
 CONTEXT = 32
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11, 12], [13, 14, 15]]
@@ -1033,4 +1033,4 @@ def test_a_batch_that_cannot_be_divided_is_refused(options):
 
 
 def test_the_loop_goes_through_the_one_place_where_a_softmax_is_taken():
-    assert ppo.token_stats is token_stats
+    assert ppo.linear_token_stats is linear_token_stats

@@ -660,7 +660,7 @@ def test_arguments_arrive(monkeypatch):
         (["--beta", "0"], "--beta must be a positive number, got 0.0"),  # in a nested config
         (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1, got 0"),
         (["--resume", "--overwrite"], "--resume and --overwrite contradict each other; give one of them"),
-        (["--kernel", "fast"], "--kernel must be auto or reference, got 'fast'"),
+        (["--kernel", "fast"], "--kernel must be one of auto, fused, reference, got 'fast'"),
         (["--device", "tpu9"], "--device 'tpu9' is not a device; use auto, cpu, cuda or cuda:N"),
     ],
 )

@@ -1,0 +1,339 @@
+"""linear_token_stats: the op on hidden @ weight.T, which is never held whole; against float64 and against itself."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from implementations import IGNORED, INF, NAN, SEEDS, assert_close, float64, no_gpu, peak_extra_bytes, randint, randn
+from torch.library import opcheck
+
+from minirlhf import fused
+from minirlhf.certificate import float64_gradients, float64_stats, linear_tolerances
+from minirlhf.token_stats import linear_token_stats, token_stats
+
+unchecked = inspect.unwrap(linear_token_stats)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DEVICES = ["cpu", pytest.param("cuda", marks=no_gpu)]
+KERNELS = ["fused", "reference"]
+
+
+def case(rows, width, vocab, dtype=torch.float32, seed=0, device="cpu"):
+    """(hidden, weight, targets, ref_hidden, ref_weight): logits about standard normal, one row in six ignored."""
+    hidden, ref_hidden = (randn(rows, width, seed=seed + i, dtype=dtype).to(device) for i in (0, 1))
+    weight, ref_weight = (randn(vocab, width, seed=seed + i, dtype=dtype, scale=width**-0.5).to(device) for i in (2, 3))
+    t = randint(vocab, rows, seed=seed)
+    t[1::6] = IGNORED
+    return hidden, weight, t.to(device), ref_hidden, ref_weight
+
+
+def run(kernel, hidden, weight, t, ref_hidden=None, ref_weight=None, upstream=None, **options):
+    """Values (K, ...), their upstream gradient, and the gradients of hidden and weight."""
+    leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
+    stats = unchecked(*leaves, t, ref_hidden, ref_weight, kernel=kernel, **options)
+    stats = [value for value in stats if value is not None]
+    if upstream is None:
+        upstream = randn(len(stats), *t.shape, seed=9, dtype=stats[0].dtype).to(hidden.device)
+    asked = [(value, g) for value, g in zip(stats, upstream) if value.requires_grad]  # the reference's has no gradient
+    grads = torch.autograd.grad([value for value, _ in asked], leaves, [g for _, g in asked])
+    return torch.stack(stats).detach(), upstream, grads
+
+
+def check(kernel, hidden, weight, t, ref_hidden=None, ref_weight=None, *, temperature=1.0, ignore_index=IGNORED):
+    """Against float64 on the same rounded hidden states and weights."""
+    stats, g, grads = run(
+        kernel, hidden, weight, t, ref_hidden, ref_weight, temperature=temperature, ignore_index=ignore_index
+    )
+    dtype, width, t64 = hidden.dtype, hidden.shape[-1], t.cpu().reshape(-1).numpy()
+    assert stats.shape[1:] == t.shape
+    assert stats.dtype == torch.promote_types(dtype, torch.float32)
+    h, w = float64(hidden).reshape(-1, width), float64(weight)
+    x, y, g64 = h @ w.T, None, float64(g).reshape(len(stats), -1)
+    if ref_hidden is not None:
+        y = float64(ref_hidden).reshape(-1, ref_hidden.shape[-1]) @ float64(ref_weight).T
+    want = float64_stats(x, t64, y, temperature, ignore_index)
+    d_logits, _ = float64_gradients(g64, x, t64, y, temperature, ignore_index)
+    exact = (d_logits @ w).reshape(hidden.shape), d_logits.T @ h
+    logits = x if y is None else np.concatenate([x, y])
+    value_tolerances, tolerances = linear_tolerances(want, exact, g64, logits, dtype, temperature)
+    assert_close(float64(stats).reshape(len(stats), -1), want, value_tolerances, "value")
+    for i, (name, leaf) in enumerate((("d_hidden", hidden), ("d_weight", weight))):
+        assert grads[i].dtype == dtype
+        assert grads[i].shape == leaf.shape
+        assert_close(float64(grads[i]), exact[i], tolerances[i] + 2.0**-25 * (dtype == torch.float16), name)
+    return stats, grads
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=SEEDS,
+    rows=st.sampled_from([1, 2, 3, 7, 33, 65]),
+    width=st.sampled_from([1, 3, 8, 17, 64]),
+    vocab=st.one_of(st.integers(1, 70), st.sampled_from([257, 1021, 2048, 4099, 10007])),
+    dtype=st.sampled_from(DTYPES),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    with_reference=st.booleans(),
+    kernel=st.sampled_from(KERNELS),
+)
+def test_equals_float64(seed, rows, width, vocab, dtype, temperature, with_reference, kernel):
+    inputs = case(rows, width, vocab, dtype, seed=seed % 2**31)
+    check(kernel, *(inputs if with_reference else inputs[:3]), temperature=temperature)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_real_vocabulary(device, dtype):
+    check("fused", *case(40, 24, 50257, dtype, device=device), temperature=0.7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_tiles_of_rows_and_of_columns(monkeypatch, device, dtype, with_reference):
+    """Many small tiles, the last of each kind smaller than the others."""
+    inputs = case(33, 8, 1021, dtype, device=device)
+    inputs = inputs if with_reference else inputs[:3]
+    whole, g, grads = run("fused", *inputs)
+    monkeypatch.setattr(fused, "TILE_ROWS", {device: 5})
+    monkeypatch.setattr(fused, "TILE_ELEMENTS", {device: 5 * 300})
+    check("fused", *inputs, temperature=0.7)
+    tiled, _, tiled_grads = run("fused", *inputs, upstream=g)
+    if dtype.itemsize > 2:
+        torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-5)
+        for a, b in zip(tiled_grads, grads):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("rows", [0, 3])
+def test_opcheck(device, with_reference, rows):
+    hidden, weight, t, *reference = case(rows, 8, 33, device=device)
+    reference = reference if with_reference else [None, None]
+    ops = torch.ops.minirlhf
+    stats, saved = ops.linear_token_stats(hidden, weight, t, *reference, 0.7, IGNORED)
+    backward = (torch.randn_like(stats), hidden, weight, t, *reference, saved, 0.7, IGNORED, True, True)
+    opcheck(ops.linear_token_stats_backward.default, backward)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    opcheck(ops.linear_token_stats.default, (*leaves, t, *reference, 0.7, IGNORED))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_both_kernels_and_the_plain_op_agree(device, dtype, rows):
+    """The curves of a training run must not depend on `--kernel`."""
+    inputs = case(rows, 32, 5003, dtype, device=device)
+    stats, g, grads = run("fused", *inputs, temperature=0.7)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    plain_stats, _, plain_grads = run("reference", *inputs, upstream=g, temperature=0.7)
+    torch.testing.assert_close(stats, plain_stats, **close)
+    for a, b in zip(grads, plain_grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=float(b.abs().max()) * close["atol"])
+    hidden, weight, t, ref_hidden, ref_weight = inputs
+    op = token_stats(hidden @ weight.T, t, ref_hidden @ ref_weight.T, temperature=0.7, kernel="fused")
+    torch.testing.assert_close(stats, torch.stack(list(op)), **close)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 0), (2, 3), (2, 1, 4)])
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_any_leading_shape(kernel, leading, with_reference):
+    hidden, ref_hidden = randn(*leading, 8, seed=1), randn(*leading, 8, seed=2)
+    weight, ref_weight, t = randn(33, 8, seed=3), randn(33, 8, seed=4), randint(33, *leading, seed=5)
+    check(kernel, hidden, weight, t, *((ref_hidden, ref_weight) if with_reference else ()))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_references_width_may_differ(kernel):
+    """A larger model as reference: its logits have the same columns, its hidden states another width."""
+    hidden, weight, t, _, _ = case(9, 8, 101)
+    check(kernel, hidden, weight, t, randn(9, 12, seed=5), randn(101, 12, seed=6))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_strided_inputs(kernel):
+    wide, tall = randn(2, 7, 20, seed=1), randn(20, 61, seed=2)
+    hidden, weight, t = wide[:, :-1, 3:11], tall.t()[:, 5:13], randint(61, 2, 6, seed=3)
+    t[0, 2] = IGNORED
+    check(kernel, hidden, weight, t)
+    check(kernel, hidden, weight, t, wide[:, 1:, ::3], tall.t()[:, ::3])
+    got = run(kernel, hidden, weight, t)
+    want = run(kernel, hidden.contiguous(), weight.contiguous(), t, upstream=got[1])
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_ignored_rows(device, kernel, ignore_index):
+    """Their hidden states are not read: NaN there reaches neither the values nor the gradient of the weights."""
+    hidden, weight, t, ref_hidden, ref_weight = case(9, 8, 101, device=device)
+    t = t.clamp(min=1)
+    t[[2, 5]] = ignore_index
+    stats, g, grads = run(kernel, hidden, weight, t, ref_hidden, ref_weight, ignore_index=ignore_index)
+    hidden[2], ref_hidden[5] = NAN, INF
+    assert (stats[:, [2, 5]] == 0).all()
+    again, _, with_nan = run(kernel, hidden, weight, t, ref_hidden, ref_weight, upstream=g, ignore_index=ignore_index)
+    assert torch.equal(again, stats)
+    for a, b in zip(with_nan, grads):
+        torch.testing.assert_close(a, b)
+    assert (with_nan[0][[2, 5]] == 0).all()
+    everything = run(kernel, hidden, weight, torch.full_like(t, ignore_index), ignore_index=ignore_index)
+    assert (everything[0] == 0).all()
+    assert all((grad == 0).all() for grad in everything[2])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_broken_hidden_state_poisons_its_own_row(kernel):
+    hidden, weight, t, ref_hidden, ref_weight = case(9, 8, 101)
+    t = t.clamp(min=0)
+    clean, g, grads = run(kernel, hidden, weight, t, ref_hidden, ref_weight)
+    hidden[4, 2] = NAN
+    stats, _, broken = run(kernel, hidden, weight, t, ref_hidden, ref_weight, upstream=g)
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert stats[[0, 1, 3], 4].isnan().all()
+    torch.testing.assert_close(stats[:, others], clean[:, others])
+    torch.testing.assert_close(broken[0][others], grads[0][others])
+    assert broken[0][4].isnan().all()
+    assert broken[1].isnan().all()  # the weights' gradient is a sum over rows
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["logprobs", "entropy", "ref_logprobs", "kl"])
+def test_gradcheck(kernel, name):
+    hidden, weight, t, ref_hidden, ref_weight = case(3, 2, 5, torch.float64)
+
+    def f(hidden, weight):
+        return getattr(unchecked(hidden, weight, t, ref_hidden, ref_weight, temperature=0.8, kernel=kernel), name)
+
+    if name == "ref_logprobs":  # says nothing about the policy
+        assert not f(hidden.requires_grad_(), weight.requires_grad_()).requires_grad or kernel == "fused"
+        return
+    assert torch.autograd.gradcheck(f, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_gradient_of_one_input_alone(kernel, frozen):
+    hidden, weight, t, ref_hidden, ref_weight = case(9, 8, 101)
+    _, g, (d_hidden, d_weight) = run(kernel, hidden, weight, t, ref_hidden, ref_weight)
+    leaf, want = (weight, d_weight) if frozen == "hidden" else (hidden, d_hidden)
+    leaf.requires_grad_()
+    stats = unchecked(hidden, weight, t, ref_hidden, ref_weight, kernel=kernel)
+    outputs = [(value, g_) for value, g_ in zip(stats, g) if value.requires_grad]
+    (got,) = torch.autograd.grad([v for v, _ in outputs], leaf, [g_ for _, g_ in outputs])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_backward_twice_and_inputs_left_alone(kernel):
+    hidden, weight, t, ref_hidden, ref_weight = case(9, 8, 5003)
+    before = [z.clone() for z in (hidden, weight, t, ref_hidden, ref_weight)]
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    stats = unchecked(*leaves, t, ref_hidden, ref_weight, kernel=kernel)
+    g = randn(9, seed=4)
+    once = torch.autograd.grad(stats.kl, leaves, g, retain_graph=True)
+    twice = torch.autograd.grad(stats.kl, leaves, g.expand(1, 9)[0])
+    assert all(torch.equal(a, b) for a, b in zip(once, twice))
+    assert all(torch.equal(a, b) for a, b in zip(before, (hidden, weight, t, ref_hidden, ref_weight)))
+    stats = unchecked(*leaves, t, kernel=kernel)
+    expanded = torch.autograd.grad(stats.entropy.sum(), leaves, retain_graph=True)  # an upstream gradient of stride 0
+    plain = torch.autograd.grad(stats.entropy, leaves, torch.ones(9))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, plain))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_bits_from_run_to_run(device):
+    inputs = case(65, 16, 5003, device=device)
+    first, g, grads = run("fused", *inputs)
+    for _ in range(3):
+        stats, _, again = run("fused", *inputs, upstream=g)
+        assert torch.equal(stats, first)
+        assert all(torch.equal(a, b) for a, b in zip(again, grads))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_are_never_held(device, with_reference, dtype):
+    """At N = 2048 and V = 50257: beyond the gradients, no more than a sixteenth of N·V·4 bytes at any time."""
+    rows, vocab, width = 2048, 50257, 4
+    hidden, weight, t, *reference = case(rows, width, vocab, dtype, device=device)
+    reference = reference if with_reference else []
+    run("fused", hidden[:4], weight, t[:4], *(z[:4] if z is reference[0] else z for z in reference))
+    g = randn(4 if with_reference else 2, rows, seed=9).to(device)
+    extra, (_, _, grads) = peak_extra_bytes(lambda: run("fused", hidden, weight, t, *reference, upstream=g), device)
+    gradients = sum(grad.numel() * grad.element_size() for grad in grads)
+    assert extra - gradients <= rows * vocab * 4 / 16
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(device):
+    """Under autocast the products are in its type, as a linear layer's; the gradients come back in the inputs'."""
+    inputs = case(9, 16, 501, device=device)
+    want, g, grads = run("fused", *inputs)
+    with torch.autocast(device, torch.bfloat16):
+        stats, _, cast = run("fused", *inputs, upstream=g)
+    assert stats.dtype == torch.float32
+    torch.testing.assert_close(stats, want, rtol=0, atol=0.05)
+    for a, b in zip(cast, grads):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.02 * float(b.abs().max()))
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+H, W, T = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("error", "message", "arguments", "options"),
+    [
+        (ValueError, "hidden must have shape (2, 3, 3), got (2, 3, 4)", (H, W[:, :3], T), {}),
+        (ValueError, "weight must have shape (V, D), got (4,)", (H, W[0], T), {}),
+        (ValueError, "hidden must have shape (3, 2, 4), got (2, 3, 4)", (H, W, T.t()), {}),
+        (TypeError, "targets must be integer token ids, got torch.float32", (H, W, T.float()), {}),
+        (TypeError, "hidden must be floating point, got torch.int64", (H.long(), W, T), {}),
+        (TypeError, "weight must be floating point, got torch.int64", (H, W.long(), T), {}),
+        (TypeError, "hidden and weight must have one dtype", (H, W.double(), T), {}),
+        (TypeError, "ref_hidden and ref_weight must have one dtype", (H, W, T, H, W.double()), {}),
+        (TypeError, "ref_hidden and ref_weight must have one dtype", (H, W, T, H.double(), W.double()), {}),
+        (ValueError, "ref_hidden and ref_weight belong together", (H, W, T, H), {}),
+        (ValueError, "ref_hidden and ref_weight belong together", (H, W, T, None, W), {}),
+        (ValueError, "ref_hidden must have shape (2, 3, 4), got (1, 3, 4)", (H, W, T, H[:1], W), {}),
+        (ValueError, "ref_weight must have shape (5, D), got (4, 4)", (H, W, T, H, W[:4]), {}),
+        (ValueError, "ref_hidden must have shape (2, 3, 2), got (2, 3, 4)", (H, W, T, H, W[:, :2]), {}),
+        (ValueError, "temperature must be a positive number, got 0", (H, W, T), {"temperature": 0.0}),
+        (ValueError, "target 5 is outside the vocabulary [0, 5)", (H, W, T + 5), {}),
+        (ValueError, "target -1 is outside the vocabulary [0, 5)", (H, W, T - 1), {}),
+        (ValueError, "weight must be on the hidden's device cpu, got meta", (H, W.to("meta"), T), {}),
+        (ValueError, "targets must be on the hidden's device cpu, got meta", (H, W, T.to("meta")), {}),
+        (ValueError, "ref_hidden must be on the hidden's device cpu, got meta", (H, W, T, H.to("meta"), W), {}),
+    ],
+)
+def test_refusals(kernel, error, message, arguments, options):
+    with pytest.raises(error) as caught:
+        unchecked(*arguments, kernel=kernel, **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_kernel():
+    with pytest.raises(ValueError, match="kernel must be one of auto, fused, reference, got 'fast'"):
+        unchecked(H, W, T, kernel="fast")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("which", ["ref_hidden", "ref_weight"])
+def test_the_references_gradient_is_refused(kernel, which):
+    """It comes under no_grad; a gradient that silently is not there would be worse than an error."""
+    hidden, weight, t, ref_hidden, ref_weight = case(3, 4, 5)
+    (ref_hidden if which == "ref_hidden" else ref_weight).requires_grad_()
+    with pytest.raises(ValueError, match="no gradient is taken in the reference"):
+        unchecked(hidden, weight, t, ref_hidden, ref_weight, kernel=kernel)
+    with torch.no_grad():
+        assert unchecked(hidden, weight, t, ref_hidden, ref_weight, kernel=kernel).kl.shape == (3,)
