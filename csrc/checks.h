@@ -13,6 +13,9 @@ namespace minirlhf {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr int64_t state_size = 8;  // numbers that describe a row after some of its columns
+constexpr int64_t saved_size = 6;  // numbers that its gradient needs
+
 // A tensor of rows whose last stride is 1, and where they lie.
 struct Input {
   Tensor tensor;
@@ -76,6 +79,29 @@ inline void check_companion(const char* name, const Tensor& x, at::ScalarType ty
   TORCH_CHECK_VALUE(x.sizes() == shape, name, " must have shape ", shape, ", got ", x.sizes());
   TORCH_CHECK_VALUE(x.is_contiguous(), name, " must be contiguous, got strides ", x.strides());
   TORCH_CHECK_VALUE(x.device() == device, name, " must be on the logits' device ", device, ", got ", x.device());
+}
+
+inline at::DimVector stats_shape(const Tensor& targets, bool with_ref) {
+  at::DimVector shape{with_ref ? 4 : 2};
+  shape.append(targets.sizes().begin(), targets.sizes().end());
+  return shape;
+}
+
+inline void check_backward(const Tensor& grad_stats, const Tensor& logits, const Tensor& targets, const Tensor& saved,
+                           bool with_ref, bool ref_grad) {
+  const auto type = stats_type(logits.scalar_type());
+  check_companion("grad_stats", grad_stats, type, stats_shape(targets, with_ref), logits.device());
+  check_companion("saved", saved, type, {targets.numel(), saved_size}, logits.device());
+  TORCH_CHECK_VALUE(with_ref || !ref_grad, "ref_grad asks for the gradient of ref_logits, which were not given");
+}
+
+inline void check_tile(const Tensor& logits, const OptionalTensor& ref_logits, int64_t first_column) {
+  for (const Tensor* tile : {&logits, ref_logits ? &*ref_logits : &logits}) {
+    TORCH_CHECK_VALUE(tile->dim() == 2, "a tile must have shape (N, C), got ", tile->sizes());
+    TORCH_CHECK_VALUE(tile->size(1) <= 1 || tile->stride(1) == 1, "a tile's last stride must be 1, got strides ",
+                      tile->strides());
+  }
+  TORCH_CHECK_VALUE(first_column >= 0, "first_column must not be negative, got ", first_column);
 }
 
 }  // namespace minirlhf

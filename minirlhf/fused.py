@@ -4,6 +4,7 @@ Importing this builds or loads the kernels and registers torch.ops.minirlhf; `mi
 caller wants them, and is where the arguments are explained and checked.
 """
 
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -98,20 +99,40 @@ def tiles(rows: int, columns: int, device: str, models: int = 1) -> Iterator[tup
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
 
 
-class _Workspace:
-    """Room for one tile of logits, which every tile of a pass is written to."""
+_kept = threading.local()
 
-    def __init__(self, hidden: Tensor, weight: Tensor):
-        self.hidden, self.weight = hidden, weight
-        self.room: Tensor | None = None
+
+def _room(like: Tensor, elements: int) -> Tensor:
+    """Memory for tiles. On the CPU a thread keeps its own: fresh pages cost more than the kernel that fills them."""
+    if like.device.type != "cpu":
+        return like.new_empty(elements)
+    kept = getattr(_kept, "room", None)
+    if kept is None or kept.numel() < elements * like.element_size():
+        with torch.inference_mode(False):  # else it could not be written to after inference
+            kept = _kept.room = torch.empty(elements * like.element_size(), dtype=torch.uint8)
+    return kept[: elements * like.element_size()].view(like.dtype)
+
+
+class _Head:
+    """hidden @ weight.T, a tile at a time, each in the place of the one before."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, room: Tensor):
+        self.hidden, self.weight, self.room = hidden, weight, room
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
-        """hidden[rows] @ weight[columns].T, until the next call."""
         height, width = rows.stop - rows.start, columns.stop - columns.start
-        if self.room is None:  # the first tile is the largest
-            self.room = self.hidden.new_empty(height * width)
         tile = self.room[: height * width].view(height, width)
         return torch.mm(self.hidden[rows], self.weight[columns].t(), out=tile)
+
+
+def _heads(hidden, weight, ref_hidden, ref_weight) -> tuple[list[tuple[slice, slice]], _Head, _Head | None]:
+    """The tiles, and what computes them; policy and reference share the room."""
+    models = 1 if ref_hidden is None else 2
+    every = list(tiles(len(hidden), len(weight), hidden.device.type, models))
+    largest = max(((r.stop - r.start) * (c.stop - c.start) for r, c in every), default=0)
+    room = _room(hidden, models * largest)
+    ref = None if ref_hidden is None else _Head(ref_hidden, ref_weight, room[largest:])
+    return every, _Head(hidden, weight, room[:largest]), ref
 
 
 @torch.library.custom_op("minirlhf::linear_token_stats", mutates_args=())
@@ -137,10 +158,9 @@ def linear_token_stats(
     with_ref = ref_hidden is not None
     state = hidden.new_empty((len(targets), STATE), dtype=torch.float64)
     with torch.autocast(hidden.device.type, enabled=False):
-        policy = _Workspace(hidden, weight)
-        ref = _Workspace(ref_hidden, ref_weight) if with_ref else None
-        for rows, columns in tiles(len(targets), len(weight), hidden.device.type, 1 + with_ref):
-            ref_tile = ref.logits(rows, columns) if with_ref else None
+        every, policy, ref = _heads(hidden, weight, ref_hidden, ref_weight)
+        for rows, columns in every:
+            ref_tile = None if ref is None else ref.logits(rows, columns)
             ops.token_stats_update_(
                 state[rows], policy.logits(rows, columns), targets[rows], ref_tile, columns.start,
                 temperature, ignore_index,
@@ -191,9 +211,8 @@ def linear_token_stats_backward(
         weight.shape if weight_grad else (0,), dtype=weight.dtype if one_row_tile else wide, device=weight.device
     )
     with torch.autocast(hidden.device.type, enabled=False):
-        policy = _Workspace(hidden, weight)
-        ref = None if ref_hidden is None else _Workspace(ref_hidden, ref_weight)
-        for rows, columns in tiles(len(targets), len(weight), hidden.device.type, 1 if ref is None else 2):
+        every, policy, ref = _heads(hidden, weight, ref_hidden, ref_weight)
+        for rows, columns in every:
             ref_tile = None if ref is None else ref.logits(rows, columns)
             tile = policy.logits(rows, columns)
             ops.token_stats_gradient_(

@@ -124,6 +124,17 @@ def token_stats(
     return _unpack(stats)
 
 
+def _linear_reference(hidden, weight, targets, ref_hidden, ref_weight, temperature, ignore_index) -> TokenStats:
+    counted = targets != ignore_index
+    if bool(counted.all()):
+        ref_logits = None if ref_hidden is None else F.linear(ref_hidden, ref_weight)
+        return token_stats_reference(F.linear(hidden, weight), targets, ref_logits, temperature=temperature)
+    # Ignored rows stay out of the product: NaN there times a gradient of 0 would still be NaN.
+    ref_hidden = None if ref_hidden is None else ref_hidden[counted]
+    stats = _linear_reference(hidden[counted], weight, targets[counted], ref_hidden, ref_weight, temperature, -100)
+    return TokenStats(*(s if s is None else s.new_zeros(targets.shape).masked_scatter(counted, s) for s in stats))
+
+
 def linear_token_stats(
     hidden: Float[Tensor, "... D"],
     weight: Float[Tensor, "V D"],
@@ -158,15 +169,12 @@ def linear_token_stats(
     _check_kernel(kernel)
     _check_linear(hidden, weight, targets, ref_hidden, ref_weight, temperature)
     if not _use_fused(kernel, hidden.device.type):
-        ref_logits = None if ref_hidden is None else F.linear(ref_hidden, ref_weight)
-        return token_stats(
-            F.linear(hidden, weight), targets, ref_logits,
-            temperature=temperature, ignore_index=ignore_index, kernel="reference",
-        )  # fmt: skip
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        cast = lambda x: None if x is None else x.to(torch.get_autocast_dtype(device))  # noqa: E731
-        hidden, weight, ref_hidden, ref_weight = (cast(x) for x in (hidden, weight, ref_hidden, ref_weight))
+        _check_targets(targets, weight.shape[0], ignore_index)
+        return _linear_reference(hidden, weight, targets, ref_hidden, ref_weight, temperature, ignore_index)
+    if _autocast(hidden):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        given = hidden, weight, ref_hidden, ref_weight
+        hidden, weight, ref_hidden, ref_weight = (x if x is None else x.to(dtype) for x in given)
     rows = targets.numel()
     hidden, ref_hidden = (None if x is None else x.reshape(rows, x.shape[-1]) for x in (hidden, ref_hidden))
     stats, _ = torch.ops.minirlhf.linear_token_stats(
@@ -187,7 +195,9 @@ def linear_token_stats(
 @torch._dynamo.assume_constant_result
 def _use_fused(kernel: str, device: str) -> bool:
     """Whether the fused kernel runs; the first call may build it. `torch.compile` asks once, while it traces."""
-    if kernel == "reference" or device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda") and kernel == "fused":
+        raise ValueError(f"kernel='fused' runs on cpu and cuda, got tensors on {device}")
+    if device not in ("cpu", "cuda") or kernel == "reference":
         return False
     from minirlhf import kernels  # here: who asks for the reference needs no compiler
 
@@ -205,6 +215,10 @@ def _use_fused(kernel: str, device: str) -> bool:
 
 
 _said: set[str] = set()  # devices whose missing kernel was mentioned
+
+
+def _autocast(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 def _unpack(stats: Float[Tensor, "K ..."]) -> TokenStats:
@@ -231,12 +245,13 @@ def _check(logits, targets, ref_logits, temperature) -> None:
         raise ValueError(f"targets must have shape {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}")
     if ref_logits is not None and ref_logits.shape != logits.shape:
         raise ValueError(f"ref_logits must have shape {tuple(logits.shape)}, got {tuple(ref_logits.shape)}")
-    _check_rest("logits", logits, targets, temperature, ref_logits=ref_logits)
+    _check_rest("logits'", logits, targets, temperature, ref_logits=ref_logits)
 
 
 def _check_linear(hidden, weight, targets, ref_hidden, ref_weight, temperature) -> None:
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden and ref_weight belong together; give both or neither")
+    _check_rest("hidden's", hidden, targets, temperature, weight=weight, ref_hidden=ref_hidden, ref_weight=ref_weight)
     for states, head, ref in ((hidden, weight, ""), (ref_hidden, ref_weight, "ref_")):
         if states is None:
             continue
@@ -258,17 +273,14 @@ def _check_linear(hidden, weight, targets, ref_hidden, ref_weight, temperature) 
             )
         if ref and torch.is_grad_enabled() and (states.requires_grad or head.requires_grad):
             raise ValueError("no gradient is taken in the reference; compute ref_hidden under torch.no_grad()")
-    _check_rest(
-        "hidden", hidden, targets, temperature, weight=weight, ref_hidden=ref_hidden, ref_weight=ref_weight
-    )  # fmt: skip
 
 
-def _check_rest(first, x, targets, temperature, **others) -> None:
+def _check_rest(owner, x, targets, temperature, **others) -> None:
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise TypeError(f"targets must be integer token ids, got {targets.dtype}")
     for name, other in {"targets": targets, **others}.items():
         if other is not None and other.device != x.device:
-            raise ValueError(f"{name} must be on the {first}' device {x.device}, got {other.device}")
+            raise ValueError(f"{name} must be on the {owner} device {x.device}, got {other.device}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be a positive number, got {temperature}")
     if not 1e-30 <= temperature <= 1e30:

@@ -294,8 +294,8 @@ def test_masks(impl, seed, vocab, dtype, temperature):
 
 @each
 @each_dtype
-def test_kl_is_infinite_where_the_policy_underflows_too(impl, dtype):
-    vocab = 300
+@pytest.mark.parametrize("vocab", [300, 320])  # with a scalar tail and without
+def test_kl_is_infinite_where_the_policy_underflows_too(impl, dtype, vocab):
     x, y = torch.zeros(2, vocab, dtype=dtype), torch.zeros(2, vocab, dtype=dtype)
     x[:, 33] = -20000.0
     y[0, 33] = -INF

@@ -337,3 +337,15 @@ def test_the_references_gradient_is_refused(kernel, which):
         unchecked(hidden, weight, t, ref_hidden, ref_weight, kernel=kernel)
     with torch.no_grad():
         assert unchecked(hidden, weight, t, ref_hidden, ref_weight, kernel=kernel).kl.shape == (3,)
+
+
+def test_training_goes_on_after_inference():
+    """The room for tiles outlives a call, also one in inference mode, which makes tensors that cannot be written to."""
+    hidden, weight, t = randn(5, 8, seed=1), randn(4000, 8, seed=2), torch.arange(5)
+
+    fused._kept.__dict__.clear()
+    with torch.inference_mode():
+        unchecked(hidden, weight, t, kernel="fused")
+    _, upstream, grads = run("fused", hidden, weight, t)
+    for got, want in zip(grads, run("reference", hidden, weight, t, upstream=upstream)[2]):
+        torch.testing.assert_close(got, want)

@@ -56,7 +56,8 @@ inline Vec<S> exp_level(const Vec<S>& t) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 // 2^f on [0, 1], relative error below 1.5e-7 with its rounding: 1 + c1 f + ... + c5 f^5, a minimax fit with the
 // constant held at 1 and the coefficients rounded to float one after the other.
-constexpr float c1 = 0x1.62e4bap-1f, c2 = 0x1.ebdb6ap-3f, c3 = 0x1.c91c10p-5f, c4 = 0x1.277c1ep-7f, c5 = 0x1.e96900p-10f;
+constexpr float c1 = 0x1.62e4bap-1f, c2 = 0x1.ebdb6ap-3f, c3 = 0x1.c91c10p-5f;
+constexpr float c4 = 0x1.277c1ep-7f, c5 = 0x1.e96900p-10f;
 
 inline Vec<float> power_of_two(const Vec<float>& f) {
   Vec<float> p = at::vec::fmadd(Vec<float>(c5), f, Vec<float>(c4));

@@ -1,4 +1,4 @@
-// Log-prob of the target, entropy, and exact KL to a reference, of every row of logits; and their gradients. On the CPU.
+// Log-prob of the target, entropy and exact KL to a reference of every row of logits; and their gradients. On the CPU.
 //
 // A row is read once, in blocks of columns that stay in the first-level cache: first the block's maximum, then the
 // exponentials. With x the policy's logits, y the reference's, T the temperature, and the running maxima m_p, m_q,
@@ -16,7 +16,6 @@
 // Source of the rescaled sums: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #ifdef __linux__
@@ -45,14 +44,14 @@ struct RowState {
   double m_p = -inf, s_p = 0, u = 0, x_t = nan;  // a target that is never met leaves NaN
   double m_q = -inf, s_q = 0, v = 0, y_t = nan;
 };
-constexpr int64_t state_size = sizeof(RowState) / sizeof(double);
+static_assert(sizeof(RowState) == state_size * sizeof(double));
 
 // What the gradient needs of a row; the last two are outputs.
 template <typename S>
 struct Saved {
   S m_p, log_s_p, m_q, log_s_q, entropy, kl;
 };
-constexpr int64_t saved_size = 6;
+static_assert(sizeof(Saved<float>) == saved_size * sizeof(float));
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
@@ -181,6 +180,13 @@ double sum_with_counted_top(const S* x, int64_t n, const Levels<S>& levels, S la
   return sum(count) + sum(rest) / levels.exp_top();
 }
 
+// A block's sum relative to the row's maximum so far, by counting where the block holds it and little else.
+template <typename S>
+double settled(double sum, const S* x, int64_t n, const Levels<S>& levels, S largest, double maximum) {
+  const bool peaked = sum < 2 && largest == maximum && maximum != -inf;
+  return peaked ? sum_with_counted_top(x, n, levels, largest) : sum / levels.exp_top();
+}
+
 // Adds a block of columns to a row.
 template <bool with_ref, typename S>
 void absorb(RowState& row, const Block<S>& block, double inverse_temperature) {
@@ -195,10 +201,8 @@ void absorb(RowState& row, const Block<S>& block, double inverse_temperature) {
   const double top_p = policy.exp_top(), top_q = ref.exp_top();
   if (now.v != inf) now.v = (now.v - now.s_p * (policy.top - ref.top)) * policy.nats / top_p;
   now.u = (now.u - now.s_p * policy.top) * policy.nats / top_p;
-  const auto peaked = [](double s, double largest, double m) { return s < 2 && largest == m && m != -inf; };
-  now.s_p = peaked(now.s_p, largest_p, m_p) ? sum_with_counted_top(block.x, block.n, policy, largest_p) : now.s_p / top_p;
-  if constexpr (with_ref)
-    now.s_q = peaked(now.s_q, largest_q, m_q) ? sum_with_counted_top(block.y, block.n, ref, largest_q) : now.s_q / top_q;
+  now.s_p = settled(now.s_p, block.x, block.n, policy, largest_p, m_p);
+  if constexpr (with_ref) now.s_q = settled(now.s_q, block.y, block.n, ref, largest_q, m_q);
 
   // Move the old sums to the new maxima.
   const double move_p = row.m_p == -inf ? 0 : (row.m_p - m_p) * inverse_temperature;
@@ -443,12 +447,6 @@ void check_targets(const Tensor& targets, int64_t vocabulary, int64_t ignore_ind
   }
 }
 
-at::DimVector stats_shape(const Tensor& targets, bool with_ref) {
-  at::DimVector shape{with_ref ? 4 : 2};
-  shape.append(targets.sizes().begin(), targets.sizes().end());
-  return shape;
-}
-
 // A gradient to be filled. The first touch of its pages costs more than all our arithmetic; huge pages are 512 times
 // fewer of them.
 Tensor fresh_gradient(const Tensor& like) {
@@ -482,9 +480,9 @@ std::tuple<Tensor, Tensor> token_stats(const Tensor& logits, const Tensor& targe
     for_each_row(count, columns, [&](int64_t i) {
       if (target[i] == ignore_index) return finish_ignored(with_ref, out + i, count, rest[i]);
       RowState row;
-      const T* x_i = px + x.rows.offset(i);
-      if (with_ref) absorb_columns<true>(row, x_i, py + y.rows.offset(i), columns, 0, target[i], inverse_temperature);
-      else absorb_columns<false, T>(row, x_i, nullptr, columns, 0, target[i], inverse_temperature);
+      const auto absorb = py ? absorb_columns<true, T> : absorb_columns<false, T>;
+      absorb(row, px + x.rows.offset(i), py ? py + y.rows.offset(i) : nullptr, columns, 0, target[i],
+             inverse_temperature);
       finish(row, with_ref, inverse_temperature, out + i, count, rest[i]);
     });
   });
@@ -519,21 +517,13 @@ void gradient_rows(T* dx, Rows to_x, T* dy, Rows to_y, const Input& x, const Inp
   });
 }
 
-void check_backward(const Tensor& grad_stats, const Tensor& logits, const Tensor& targets, const Tensor& saved,
-                    bool with_ref) {
-  const auto type = stats_type(logits.scalar_type());
-  check_companion("grad_stats", grad_stats, type, stats_shape(targets, with_ref), logits.device());
-  check_companion("saved", saved, type, {targets.numel(), saved_size}, logits.device());
-}
-
 std::tuple<Tensor, Tensor> token_stats_backward(const Tensor& grad_stats, const Tensor& logits, const Tensor& targets,
                                                 const OptionalTensor& ref_logits, const Tensor& saved,
                                                 double temperature, int64_t ignore_index, bool policy_grad,
                                                 bool ref_grad) {
   check_logits(logits, targets, ref_logits, temperature);
   check_targets(targets, logits.size(-1), ignore_index);
-  check_backward(grad_stats, logits, targets, saved, ref_logits.has_value());
-  TORCH_CHECK_VALUE(ref_logits || !ref_grad, "ref_grad asks for the gradient of ref_logits, which were not given");
+  check_backward(grad_stats, logits, targets, saved, ref_logits.has_value(), ref_grad);
   const Input x = as_rows(logits), y = ref_logits ? as_rows(*ref_logits) : Input{};
   const int64_t columns = logits.size(-1);
   Tensor dx = policy_grad ? fresh_gradient(logits) : at::empty({0}, logits.options());
@@ -549,17 +539,9 @@ std::tuple<Tensor, Tensor> token_stats_backward(const Tensor& grad_stats, const 
 
 // --- the ops on tiles ------------------------------------------------------------------------------------------------
 
-void check_tile(const Tensor& logits, const OptionalTensor& ref_logits, int64_t first_column) {
-  for (const Tensor* tile : {&logits, ref_logits ? &*ref_logits : &logits}) {
-    TORCH_CHECK_VALUE(tile->dim() == 2, "a tile must have shape (N, C), got ", tile->sizes());
-    TORCH_CHECK_VALUE(tile->size(1) <= 1 || tile->stride(1) == 1, "a tile's last stride must be 1, got strides ",
-                      tile->strides());
-  }
-  TORCH_CHECK_VALUE(first_column >= 0, "first_column must not be negative, got ", first_column);
-}
-
-void token_stats_update_(const Tensor& state, const Tensor& logits, const Tensor& targets, const OptionalTensor& ref_logits,
-                         int64_t first_column, double temperature, int64_t ignore_index) {
+void token_stats_update_(const Tensor& state, const Tensor& logits, const Tensor& targets,
+                         const OptionalTensor& ref_logits, int64_t first_column, double temperature,
+                         int64_t ignore_index) {
   check_logits(logits, targets, ref_logits, temperature);
   check_tile(logits, ref_logits, first_column);
   check_companion("state", state, at::kDouble, {targets.numel(), state_size}, logits.device());
@@ -572,9 +554,9 @@ void token_stats_update_(const Tensor& state, const Tensor& logits, const Tensor
     for_each_row(x.rows.count, logits.size(1), [&](int64_t i) {
       if (first_column == 0) rows[i] = RowState{};
       if (target[i] == ignore_index) return;
-      const T* x_i = px + x.rows.offset(i);
-      if (py) absorb_columns<true>(rows[i], x_i, py + y.rows.offset(i), logits.size(1), first_column, target[i], inverse_temperature);
-      else absorb_columns<false, T>(rows[i], x_i, nullptr, logits.size(1), first_column, target[i], inverse_temperature);
+      const auto absorb = py ? absorb_columns<true, T> : absorb_columns<false, T>;
+      absorb(rows[i], px + x.rows.offset(i), py ? py + y.rows.offset(i) : nullptr, logits.size(1), first_column,
+             target[i], inverse_temperature);
     });
   });
 }
@@ -607,8 +589,7 @@ void token_stats_gradient_(const Tensor& logits, const OptionalTensor& ref_logit
                            int64_t ignore_index, bool policy_grad, bool ref_grad) {
   check_logits(logits, targets, ref_logits, temperature);
   check_tile(logits, ref_logits, first_column);
-  check_backward(grad_stats, logits, targets, saved, ref_logits.has_value());
-  TORCH_CHECK_VALUE(ref_logits || !ref_grad, "ref_grad asks for the gradient of ref_logits, which were not given");
+  check_backward(grad_stats, logits, targets, saved, ref_logits.has_value(), ref_grad);
   const Input x = as_rows(logits), y = ref_logits ? as_rows(*ref_logits) : Input{};
   MINIRLHF_DISPATCH(logits.scalar_type(), [&] {
     gradient_rows<T>(policy_grad ? logits.mutable_data_ptr<T>() : nullptr, x.rows,

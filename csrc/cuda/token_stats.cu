@@ -17,8 +17,8 @@
 namespace minirlhf::cuda {
 namespace {
 
-constexpr int64_t state_size = sizeof(RowState) / sizeof(double);
-constexpr int64_t saved_size = sizeof(Saved<float>) / sizeof(float);
+static_assert(sizeof(RowState) == state_size * sizeof(double));
+static_assert(sizeof(Saved<float>) == saved_size * sizeof(float));
 
 #define MINIRLHF_DISPATCH(TYPE, ...)                                       \
   switch (TYPE) {                                                          \
@@ -58,31 +58,8 @@ struct Rowwise {
   }
 };
 
-at::DimVector stats_shape(const Tensor& targets, bool with_ref) {
-  at::DimVector shape{with_ref ? 4 : 2};
-  shape.append(targets.sizes().begin(), targets.sizes().end());
-  return shape;
-}
-
 Tensor fresh_workspace(const Tensor& logits, int64_t rows) {
   return at::empty({rows * splits(logits.size(-1)), state_size}, logits.options().dtype(at::kDouble));
-}
-
-void check_backward(const Tensor& grad_stats, const Tensor& logits, const Tensor& targets, const Tensor& saved,
-                    bool with_ref, bool ref_grad) {
-  const auto type = stats_type(logits.scalar_type());
-  check_companion("grad_stats", grad_stats, type, stats_shape(targets, with_ref), logits.device());
-  check_companion("saved", saved, type, {targets.numel(), saved_size}, logits.device());
-  TORCH_CHECK_VALUE(with_ref || !ref_grad, "ref_grad asks for the gradient of ref_logits, which were not given");
-}
-
-void check_tile(const Tensor& logits, const OptionalTensor& ref_logits, int64_t first_column) {
-  for (const Tensor* tile : {&logits, ref_logits ? &*ref_logits : &logits}) {
-    TORCH_CHECK_VALUE(tile->dim() == 2, "a tile must have shape (N, C), got ", tile->sizes());
-    TORCH_CHECK_VALUE(tile->size(1) <= 1 || tile->stride(1) == 1, "a tile's last stride must be 1, got strides ",
-                      tile->strides());
-  }
-  TORCH_CHECK_VALUE(first_column >= 0, "first_column must not be negative, got ", first_column);
 }
 
 // --- the ops on whole rows -------------------------------------------------------------------------------------------

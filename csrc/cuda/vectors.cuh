@@ -1,9 +1,9 @@
 // Rows of fp32, bf16, fp16 and fp64 numbers, read and written 16 bytes at a time wherever they begin.
 //
-// Vectors are cut by column, not by address: which columns make a vector does not depend on where the row lies. A vector
-// off a 16-byte boundary is cut out of the two aligned ones that hold it (its neighbour loads them too: the second time
-// they come from the first-level cache). At a row's edges, where these would reach beyond the row, it is read element by
-// element: no byte outside a row is touched.
+// Vectors are cut by column, not by address: which columns make a vector does not depend on where the row lies. One off
+// a 16-byte boundary is cut out of the two aligned ones that hold it; its neighbour loads them too, and finds them in the
+// first-level cache. At a row's edges, where these would reach beyond the row, it is read element by element: no byte
+// outside a row is touched.
 #pragma once
 
 #ifdef MINIRLHF_SIMT
@@ -100,14 +100,14 @@ __device__ Vector packed(const Real<T> (&x)[width<T>]) {
 // The larger of each of two halves; a NaN only where both are.
 template <typename T>
 __device__ uint32_t larger_pair(uint32_t a, uint32_t b) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t larger;
   if constexpr (std::is_same_v<T, __half>) asm("max.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   else asm("max.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   return larger;
 #else
   const Vector x{{a, b, 0, 0}};
-  return packed<T>({max(value<T>(x, 0), value<T>(x, 2)), max(value<T>(x, 1), value<T>(x, 3)), 0, 0, 0, 0, 0, 0}).word[0];
+  return packed<T>({max(value<T>(x, 0), value<T>(x, 2)), max(value<T>(x, 1), value<T>(x, 3))}).word[0];
 #endif
 }
 
@@ -142,7 +142,8 @@ template <typename T>
 __device__ Part<T> part_of(T* base, const Rows& rows, int64_t row, int64_t columns, int64_t begin) {
   constexpr int64_t many = 1 << 30;
   const int64_t offset = rows.inner == rows.count ? row * rows.inner_stride : rows.offset(row);  // spares a division
-  return {base ? base + offset + begin : nullptr, static_cast<int>(min(begin, many)), static_cast<int>(min(columns - begin, many))};
+  return {base ? base + offset + begin : nullptr, static_cast<int>(min(begin, many)),
+          static_cast<int>(min(columns - begin, many))};
 }
 
 template <typename T>
@@ -162,7 +163,7 @@ __device__ Vector load_edge(const Part<const T>& row, int column) {
   return packed<T>(x);
 }
 
-// The vector that begins `skew` elements into `low` and goes on in `high`: one operation a word, since skew is constant.
+// The vector that begins `skew` elements into `low` and goes on in `high`: an operation a word, since skew is constant.
 template <typename T, int skew>
 __device__ Vector cut(const Vector& low, const Vector& high) {
   constexpr int whole = skew * sizeof(T) / 4, bits = skew * sizeof(T) % 4 * 8;
@@ -185,7 +186,7 @@ __device__ void cut_all(Vector (&low)[vectors], const Vector (&high)[vectors], i
   }
 }
 
-// A warp takes a chunk of consecutive columns: lane i vectors i, i + 32, ..., so that each load of the warp is in one piece.
+// A warp takes a chunk of consecutive columns: lane i vectors i, i + 32, ..., so that its loads are each in one piece.
 template <typename T>
 constexpr int stride = 32 * width<T>;
 
