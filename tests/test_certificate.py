@@ -1,5 +1,6 @@
 """The certificate: passes with the kernel as it is, fails when it is slightly off, ends in time."""
 
+import os
 import subprocess
 import sys
 
@@ -99,3 +100,14 @@ def test_the_command_says_why_there_is_nothing_to_certify(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         certificate.main()
     assert caught.value.code == "no fused kernel to certify: no C++ compiler"
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "default"])
+def test_it_passes_with_other_instruction_sets(instructions):
+    """Those of older machines and of none in particular, each a build of its own."""
+    call = "certify(['cpu'], vocabularies=(1, 7, 4111))"
+    code = f"import sys; from minirlhf.certificate import certify; sys.exit(not {call})"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": instructions}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "4111" in done.stdout

@@ -13,9 +13,12 @@ import torch
 from hypothesis import strategies as st
 from implementations import (
     ALL,
+    CUDA,
     DTYPES,
+    HAS_GPU,
     IGNORED,
     INF,
+    KERNELS,
     LAYOUTS,
     NAN,
     SEEDS,
@@ -662,3 +665,11 @@ def test_bounds(impl, seed, vocab, dtype, temperature, scale):
         assert (stats[1] >= -impl.slack * 1e-6).all()
         assert (stats[1] <= np.log(vocab) + 1e-5).all()
         assert (stats[3] >= -impl.slack * 5e-6).all()
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU: the CUDA kernel is compiled and emulated here, but not run")
+def test_the_cuda_kernel_is_among_those_tested():
+    assert CUDA in KERNELS
+    assert torch.equal(
+        CUDA(randn(2, 5).cuda(), torch.tensor([1, 2]).cuda()).logprobs.isfinite().cpu(), torch.ones(2) > 0
+    )

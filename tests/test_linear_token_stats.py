@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import IGNORED, INF, NAN, SEEDS, assert_close, float64, no_gpu, peak_extra_bytes, randint, randn
+from implementations import DEVICES, IGNORED, INF, NAN, SEEDS, assert_close, float64, peak_extra_bytes, randint, randn
 from torch.library import opcheck
 
 from minirlhf import fused
@@ -16,7 +16,6 @@ from minirlhf.token_stats import linear_token_stats, token_stats
 
 unchecked = inspect.unwrap(linear_token_stats)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-DEVICES = ["cpu", pytest.param("cuda", marks=no_gpu)]
 KERNELS = ["fused", "reference"]
 
 
@@ -243,6 +242,14 @@ def test_backward_twice_and_inputs_left_alone(kernel):
     expanded = torch.autograd.grad(stats.entropy.sum(), leaves, retain_graph=True)  # an upstream gradient of stride 0
     plain = torch.autograd.grad(stats.entropy, leaves, torch.ones(9))
     assert all(torch.equal(a, b) for a, b in zip(expanded, plain))
+
+
+def test_a_gradient_of_the_gradient_is_refused_rather_than_wrong():
+    hidden, weight, t, _, _ = case(3, 4, 7)
+    entropy = unchecked(hidden.requires_grad_(), weight, t, kernel="fused").entropy
+    with pytest.raises(RuntimeError, match="first derivatives"):
+        (grad,) = torch.autograd.grad(entropy.sum(), hidden, create_graph=True)
+        torch.autograd.grad(grad.square().sum() + hidden.sum(), hidden)
 
 
 @pytest.mark.parametrize("device", DEVICES)
