@@ -113,6 +113,11 @@ def _room(like: Tensor, elements: int) -> Tensor:
     return kept[: elements * like.element_size()].view(like.dtype)
 
 
+def forget_room() -> None:
+    """Give the room that this thread keeps back; the next call takes another."""
+    _kept.__dict__.clear()
+
+
 class _Head:
     """hidden @ weight.T, a tile at a time, each in the place of the one before."""
 

@@ -350,7 +350,7 @@ def test_training_goes_on_after_inference():
     """The room for tiles outlives a call, also one in inference mode, which makes tensors that cannot be written to."""
     hidden, weight, t = randn(5, 8, seed=1), randn(4000, 8, seed=2), torch.arange(5)
 
-    fused._kept.__dict__.clear()
+    fused.forget_room()
     with torch.inference_mode():
         unchecked(hidden, weight, t, kernel="fused")
     _, upstream, grads = run("fused", hidden, weight, t)
