@@ -14,7 +14,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t state_size = 8;  // numbers that describe a row after some of its columns
-constexpr int64_t saved_size = 6;  // numbers that its gradient needs
+constexpr int64_t saved_size = 6;  // numbers that its gradient needs; which ones is the backend's own affair
 
 // A tensor of rows whose last stride is 1, and where they lie.
 struct Input {
@@ -26,6 +26,7 @@ struct Input {
 // Collapses the leading dimensions of (..., V) from the right into two, where the strides allow; else copies.
 inline Input as_rows(const Tensor& x) {
   const int64_t leading = x.dim() - 1;
+  if (x.numel() == 0) return {x, {0, 1, 0, 0}};
   if (x.size(leading) > 1 && x.stride(leading) != 1) return as_rows(x.contiguous());
   int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};  // inner, outer
   int level = 0;
@@ -42,8 +43,7 @@ inline Input as_rows(const Tensor& x) {
       return as_rows(x.contiguous());
     }
   }
-  const int64_t count = x.numel() == 0 ? 0 : sizes[0] * sizes[1];
-  return {x, {count, sizes[0] > 0 ? sizes[0] : 1, strides[1], strides[0]}};
+  return {x, {sizes[0] * sizes[1], sizes[0], strides[1], strides[0]}};
 }
 
 inline at::ScalarType stats_type(at::ScalarType logits) { return logits == at::kDouble ? at::kDouble : at::kFloat; }
@@ -99,6 +99,8 @@ inline void check_tile(const Tensor& logits, const OptionalTensor& ref_logits, i
   for (const Tensor* tile : {&logits, ref_logits ? &*ref_logits : &logits}) {
     TORCH_CHECK_VALUE(tile->dim() == 2, "a tile must have shape (N, C), got ", tile->sizes());
     TORCH_CHECK_VALUE(tile->size(1) <= 1 || tile->stride(1) == 1, "a tile's last stride must be 1, got strides ",
+                      tile->strides());
+    TORCH_CHECK_VALUE(tile->size(0) <= 1 || tile->stride(0) >= tile->size(1), "a tile's rows must not overlap, got strides ",
                       tile->strides());
   }
   TORCH_CHECK_VALUE(first_column >= 0, "first_column must not be negative, got ", first_column);

@@ -1,6 +1,6 @@
 // The op's schemas, and the module that says how this build was made.
 //
-// CPU and CUDA implement each schema in a file of their own; Python (minirlhf/token_stats.py) adds shapes for tracing
+// CPU and CUDA implement each schema in a file of their own; Python (minirlhf/fused.py) adds shapes for tracing
 // and the link from forward to backward.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

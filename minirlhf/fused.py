@@ -205,7 +205,7 @@ def linear_token_stats_backward(
             None if ref_hidden is None else ref_hidden[counted], ref_weight, saved[counted], temperature, ignore_index,
             hidden_grad, weight_grad,
         )  # fmt: skip
-        return (torch.zeros_like(hidden).index_copy_(0, counted, d_some) if hidden_grad else d_some), d_weight
+        return (hidden.new_zeros(hidden.shape).index_copy_(0, counted, d_some) if hidden_grad else d_some), d_weight
     wide = _stats_dtype(hidden.dtype)
     if ref_hidden is not None and not bool(grad_stats[3].any()):  # only the KL needs the reference's logits
         grad_stats, ref_hidden = grad_stats[:2], None

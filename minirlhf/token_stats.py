@@ -1,7 +1,7 @@
-"""Log-prob, entropy and exact KL of every token, from logits: the one place where a softmax is taken.
+"""Log-prob, entropy and exact KL of every token, from logits: the one place where they are computed.
 
-Every loss of the project (SFT, DPO, PPO), every sampler and the evaluation go through `token_stats`, so that there is
-a single answer to what a log-prob is: which temperature, which masked tokens, which precision.
+Every loss of the project (SFT, DPO, PPO), the log-probs of every sample and the evaluation go through `token_stats`, so
+that there is a single answer to what a log-prob is: which temperature, which masked tokens, which precision.
 
     p = softmax(x / T),  q = softmax(y / T)            x: policy logits, y: reference logits, T: temperature
 
@@ -109,8 +109,8 @@ def token_stats(
 
     Raises:
         TypeError: logits that are not floating point, or of two types; targets that are not integers.
-        ValueError: shapes that do not match, a temperature that is not positive, a target outside [0, V), an unknown
-            kernel, tensors on different devices.
+        ValueError: shapes that do not match, a temperature that is not positive, an unknown kernel, tensors on
+            different devices; on the CPU a target outside [0, V), whose log-prob is NaN on a GPU.
         KernelUnavailable: kernel="fused" and it cannot be built.
     """
     _check_kernel(kernel)
@@ -125,6 +125,7 @@ def token_stats(
 
 
 def _linear_reference(hidden, weight, targets, ref_hidden, ref_weight, temperature, ignore_index) -> TokenStats:
+    targets = targets.long()  # in a narrow type ignore_index itself would wrap around
     counted = targets != ignore_index
     if bool(counted.all()):
         ref_logits = None if ref_hidden is None else F.linear(ref_hidden, ref_weight)
@@ -174,7 +175,8 @@ def linear_token_stats(
     if _autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         given = hidden, weight, ref_hidden, ref_weight
-        hidden, weight, ref_hidden, ref_weight = (x if x is None else x.to(dtype) for x in given)
+        double = torch.float64  # which autocast leaves alone
+        hidden, weight, ref_hidden, ref_weight = (x if x is None or x.dtype == double else x.to(dtype) for x in given)
     rows = targets.numel()
     hidden, ref_hidden = (None if x is None else x.reshape(rows, x.shape[-1]) for x in (hidden, ref_hidden))
     stats, _ = torch.ops.minirlhf.linear_token_stats(
@@ -222,7 +224,7 @@ def _autocast(x: Tensor) -> bool:
 
 
 def _unpack(stats: Float[Tensor, "K ..."]) -> TokenStats:
-    parts = stats.unbind(0)
+    parts = [stats[k] for k in range(len(stats))]  # not unbind, whose results cannot be changed in place
     return TokenStats(*parts) if len(parts) == 4 else TokenStats(*parts, None, None)
 
 
@@ -264,9 +266,8 @@ def _check_linear(hidden, weight, targets, ref_hidden, ref_weight, temperature) 
         want = (*targets.shape, head.shape[1])
         if tuple(states.shape) != want:
             raise ValueError(f"{ref}hidden must have shape {want}, got {tuple(states.shape)}")
-        if not torch.is_autocast_enabled(states.device.type) and (
-            states.dtype != head.dtype or head.dtype != weight.dtype
-        ):
+        mixed = states.dtype != head.dtype or head.dtype != weight.dtype
+        if mixed and not _autocast(states):
             raise TypeError(
                 f"{ref}hidden and {ref}weight must have one dtype, that of weight, {weight.dtype}, "
                 f"got {states.dtype} and {head.dtype}"
@@ -288,7 +289,7 @@ def _check_rest(owner, x, targets, temperature, **others) -> None:
 
 
 def _check_targets(targets, vocabulary, ignore_index) -> None:
-    """On a GPU this would wait for it; there a target outside the vocabulary makes its row NaN."""
+    """On the CPU only: on a GPU the look would wait for it, and the fused kernel makes such a target's log-prob NaN."""
     if targets.device.type == "cpu" and targets.numel():
         targets = targets.long()  # in a narrow type the vocabulary's size itself would wrap around
         wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)

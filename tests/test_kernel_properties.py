@@ -217,6 +217,33 @@ def test_gradcheck(impl, temperature):
 
 @each
 @each_dtype
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("both", [False, True])
+def test_the_lowest_number_is_as_good_as_masked(impl, dtype, temperature, both):
+    """Many mask with the type's lowest number instead of -inf; times 1 / T, or in bits, it overflows."""
+    masked = torch.arange(37) % 4 == 1
+    x, y = (randn(3, 37, seed=s, dtype=dtype) for s in (1, 2))
+    t = torch.tensor([0, 12, 36])
+    results = []
+    for low in (torch.finfo(dtype).min, -INF):
+        z = (x.masked_fill(masked, low), t, y.masked_fill(masked, low) if both else None)
+        results.append(gradients(impl, *z, temperature=temperature))
+    (values, _, grads), (want, _, exact) = results
+    torch.testing.assert_close(values, want)
+    for grad, expected in zip(grads, exact):
+        torch.testing.assert_close(grad, expected)
+
+
+@each
+def test_a_reference_that_is_as_good_as_masked_leaves_the_kl_finite(impl):
+    x, y = torch.tensor([[0.0, 1.0, -200.0]]), torch.tensor([[0.0, 2.0, torch.finfo(torch.float32).min]])
+    stats = impl(x.to(impl.device), torch.tensor([0]).to(impl.device), y.to(impl.device))
+    p, q = x[0, :2].softmax(0), y[0, :2].softmax(0)
+    torch.testing.assert_close(stats.kl[0].cpu(), (p * (p / q).log()).sum())
+
+
+@each
+@each_dtype
 def test_leading_masked_columns(impl, dtype):
     """Whole vectors, blocks and splits of -inf before the first finite logit."""
     vocab = 9001
@@ -673,3 +700,10 @@ def test_the_cuda_kernel_is_among_those_tested():
     assert torch.equal(
         CUDA(randn(2, 5).cuda(), torch.tensor([1, 2]).cuda()).logprobs.isfinite().cpu(), torch.ones(2) > 0
     )
+
+
+@each
+def test_empty_and_strided(impl):
+    x = randn(6, 5, 4, 9)[:0, ::2, ::2]
+    stats = impl(x.to(impl.device), torch.zeros(0, 3, 2, dtype=torch.long, device=impl.device))
+    assert stats.logprobs.shape == (0, 3, 2)

@@ -356,3 +356,50 @@ def test_training_goes_on_after_inference():
     _, upstream, grads = run("fused", hidden, weight, t)
     for got, want in zip(grads, run("reference", hidden, weight, t, upstream=upstream)[2]):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_narrow_targets_are_not_taken_for_ignored_ones(kernel):
+    weight, t = randn(200, 3), torch.tensor([156, 5], dtype=torch.uint8)  # 156 is what -100 becomes in eight bits
+    got = unchecked(torch.ones(2, 3), weight, t, kernel=kernel).logprobs
+    torch.testing.assert_close(got, unchecked(torch.ones(2, 3), weight, t.long(), kernel=kernel).logprobs)
+    assert (got != 0).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_leaves_doubles_alone(kernel):
+    hidden, weight, t = randn(4, 8, dtype=torch.float64), randn(9, 8, dtype=torch.float64, seed=1), torch.arange(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = unchecked(hidden, weight, t, kernel=kernel).logprobs
+    assert inside.dtype == torch.float64
+    torch.testing.assert_close(inside, unchecked(hidden, weight, t, kernel=kernel).logprobs)
+
+
+def test_the_gradient_of_strided_states_is_laid_out_as_tracing_expects():
+    hidden, weight, t = randn(4, 6).t().requires_grad_(), randn(9, 4, seed=1), torch.tensor([0, IGNORED, 2, 3, 4, 5])
+    stats, saved = torch.ops.minirlhf.linear_token_stats(hidden, weight, t, None, None, 1.0, IGNORED)
+    arguments = (
+        torch.ones_like(stats),
+        hidden.detach(),
+        weight,
+        t,
+        None,
+        None,
+        saved.detach(),
+        1.0,
+        IGNORED,
+        True,
+        True,
+    )
+    opcheck(torch.ops.minirlhf.linear_token_stats_backward.default, arguments, test_utils="test_faketensor")
+    assert all(grad.is_contiguous() for grad in torch.ops.minirlhf.linear_token_stats_backward(*arguments))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_results_can_be_changed_in_place(kernel):
+    x, t = randn(4, 9).requires_grad_(), torch.arange(4)
+    token_stats(x, t, kernel=kernel).logprobs.mul_(2).sum().backward()
+    twice = x.grad.clone()
+    x.grad = None
+    token_stats(x, t, kernel=kernel).logprobs.sum().backward()
+    torch.testing.assert_close(twice, 2 * x.grad)

@@ -19,19 +19,22 @@ template <typename S>
 constexpr bool in_bits = false;
 #endif
 
-// A level t is a logit x over the temperature T, relative to the row's maximum m, in nats, or in bits where powers of
-// two are cheaper: t = x · scale - reference, reference being m · scale rounded. One fused multiply-add rounds t once,
-// so a shift of all logits costs no digits. The top, m · scale - reference, is what the rounding left of the maximum's
-// own level: sums over exp(t) become sums over exp((x - m) / T) when they are divided by exp(top).
+// A level t stands for (x - m) / T, with m the row's maximum, in nats, or in bits where powers of two are cheaper. x - m
+// is never formed: t = x · scale - reference is one fused multiply-add, with scale = 1 / T in the unit of t and
+// reference = m · scale rounded. So t is rounded once, and a shift of all logits costs no digits. The rounding of the
+// reference leaves the maximum itself at a small t, the top, instead of at 0: Σ exp(t) = exp(top) Σ exp((x - m) / T).
+// A finite logit below about -2e38 T has t = -inf.
 template <typename S>
 struct Levels {
+  double maximum;
   double nats;       // one unit of t
   double scale;      // the same number in every use, exactly
   double reference;  // likewise
   double top;
 
   Levels(double maximum, double inverse_temperature)
-      : nats(in_bits<S> ? 0.6931471805599453 : 1.0),
+      : maximum(maximum),
+        nats(in_bits<S> ? 0.6931471805599453 : 1.0),
         scale(static_cast<S>(inverse_temperature / nats)),
         reference(static_cast<S>(maximum * scale)),
         top(std::fma(maximum, scale, -reference)) {}
