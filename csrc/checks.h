@@ -100,8 +100,8 @@ inline void check_tile(const Tensor& logits, const OptionalTensor& ref_logits, i
     TORCH_CHECK_VALUE(tile->dim() == 2, "a tile must have shape (N, C), got ", tile->sizes());
     TORCH_CHECK_VALUE(tile->size(1) <= 1 || tile->stride(1) == 1, "a tile's last stride must be 1, got strides ",
                       tile->strides());
-    TORCH_CHECK_VALUE(tile->size(0) <= 1 || tile->stride(0) >= tile->size(1), "a tile's rows must not overlap, got strides ",
-                      tile->strides());
+    TORCH_CHECK_VALUE(tile->size(0) <= 1 || tile->stride(0) >= tile->size(1), "a tile's rows must not overlap, got ",
+                      "strides ", tile->strides());
   }
   TORCH_CHECK_VALUE(first_column >= 0, "first_column must not be negative, got ", first_column);
 }

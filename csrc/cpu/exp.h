@@ -19,8 +19,8 @@ template <typename S>
 constexpr bool in_bits = false;
 #endif
 
-// A level t stands for (x - m) / T, with m the row's maximum, in nats, or in bits where powers of two are cheaper. x - m
-// is never formed: t = x · scale - reference is one fused multiply-add, with scale = 1 / T in the unit of t and
+// A level t stands for (x - m) / T, with m the row's maximum, in nats, or in bits where powers of two are cheaper. Not
+// by way of x - m: t = x · scale - reference is one fused multiply-add, with scale = 1 / T in the unit of t and
 // reference = m · scale rounded. So t is rounded once, and a shift of all logits costs no digits. The rounding of the
 // reference leaves the maximum itself at a small t, the top, instead of at 0: Σ exp(t) = exp(top) Σ exp((x - m) / T).
 // A finite logit below about -2e38 T has t = -inf.

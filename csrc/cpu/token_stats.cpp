@@ -12,8 +12,8 @@
 //   ref_logprob = (y_t - m_q) / T - log s_q            KL = v / s_p - log s_p + log s_q
 //
 // m + log s is never formed: it would round away the digits that a shift of all logits must not change. The cut into
-// blocks depends on the width alone, so a row's result does not depend on the rows around it or on the threads. (Rows in
-// tiles are cut at the tiles' edges too.)
+// blocks depends on the width alone, so a row's result does not depend on the rows around it or on the threads. (In
+// tiles a row is cut at the tiles' edges too.)
 // Source of the rescaled sums: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -140,9 +140,9 @@ struct Sums {
   double s_p, u, s_q, v;
 };
 
-// A block's sums in units of the levels. Where a token is masked, or as good as masked by a hugely negative logit, u and
-// v come out as NaN (0 · inf) or infinite. Then `masked` does it again from the logits themselves, by selection: masked
-// in the policy a token adds nothing, masked in the reference alone it makes the KL infinite, even where its
+// A block's sums in units of the levels. Where a token is masked, or as good as masked by a hugely negative logit, u
+// and v come out as NaN (0 · inf) or infinite. Then `masked` does it again from the logits themselves, by selection:
+// masked in the policy a token adds nothing, masked in the reference alone it makes the KL infinite, even where its
 // probability underflows to 0.
 template <bool with_ref, bool masked, typename S>
 Sums block_sums(const Block<S>& block, const Levels<S>& policy, const Levels<S>& reference) {
@@ -205,8 +205,8 @@ void absorb(RowState& row, const Block<S>& block, double inverse_temperature) {
   Sums now = block_sums<with_ref, false>(block, policy, ref);
   if (!std::isfinite(now.u) || !std::isfinite(now.v)) now = block_sums<with_ref, true>(block, policy, ref);
 
-  // From levels to nats below the maximum: every t is `top` too high, so Σ e (t - top) = u - s top; in v both tops enter.
-  // An infinite v stays: inf - inf, and later 0 · inf, would be NaN.
+  // From levels to nats below the maximum: every t is `top` too high, so Σ e (t - top) = u - s top; in v both tops
+  // enter. An infinite v stays: inf - inf, and later 0 · inf, would be NaN.
   const double top_p = policy.exp_top(), top_q = ref.exp_top();
   if (now.v != inf) now.v = (now.v - now.s_p * (policy.top - ref.top)) * policy.nats / top_p;
   now.u = (now.u - now.s_p * policy.top) * policy.nats / top_p;
@@ -279,8 +279,8 @@ void finish_ignored(bool with_ref, S* stats, int64_t step, Saved<S>& saved) {
 //   dx_i = [p_i (-g_logprob - g_entropy (a_i + H) + g_kl (a_i - b_i - KL)) + g_logprob δ_it] / T
 //   dy_i = [g_kl (q_i - p_i) + g_ref_logprob (δ_it - q_i)] / T
 //
-// a_i + H is (x_i - m_p) / T + (H - log s_p), and a_i - b_i - KL is ((x_i - m_p) - (y_i - m_q)) / T + (log s_q - log s_p
-// - KL): the factor of p_i is constant + slope (x_i - m_p) / T + tilt ((x_i - m_p) - (y_i - m_q)) / T, with the second
+// a_i + H is (x_i - m_p) / T + (H - log s_p), and a_i - b_i - KL is ((x_i - m_p) - (y_i - m_q)) / T + (log s_q -
+// log s_p - KL): the factor of p_i is constant + slope (x_i - m_p) / T + tilt ((x_i - m_p) - (y_i - m_q)) / T, with the second
 // halves in the constant.
 struct Upstream {
   double logprob, entropy, ref_logprob, kl;
@@ -403,8 +403,8 @@ void gradient_columns(T* dx, T* dy, const T* x, const T* y, int64_t n, int64_t f
   const bool has_target = target >= first && target < first + n;
   const double x_t = has_target ? static_cast<double>(x[target - first]) : 0;  // read before they are overwritten
   const double y_t = has_target && y ? static_cast<double>(y[target - first]) : 0;
-  // In place this may overwrite x before dy is computed: dx is all 0 only without the KL's gradient, and then dy does not
-  // read x; and the other way round.
+  // In place this may overwrite x before dy is computed: dx is all 0 only without the KL's gradient, and then dy does
+  // not read x; and the other way round.
   if (dx && row.is_zero()) std::fill(dx, dx + n, T(0)), dx = nullptr;
   if (dy && row.ref_is_zero()) std::fill(dy, dy + n, T(0)), dy = nullptr;
   if (!dx && !dy) return;

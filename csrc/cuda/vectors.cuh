@@ -1,9 +1,9 @@
 // Rows of fp32, bf16, fp16 and fp64 numbers, read and written 16 bytes at a time wherever they begin.
 //
 // Vectors are cut by column, not by address: which columns make a vector does not depend on where the row lies. One off
-// a 16-byte boundary is cut out of the two aligned ones that hold it; its neighbour loads them too, and finds them in the
-// first-level cache. At a row's edges, where these would reach beyond the row, it is read element by element: no byte
-// outside a row is touched.
+// a 16-byte boundary is cut out of the two aligned ones that hold it; its neighbour loads them too, and finds them in
+// the first-level cache. At a row's edges, where these would reach beyond the row, it is read element by element: no
+// byte outside a row is touched.
 #pragma once
 
 #ifdef MINIRLHF_SIMT
