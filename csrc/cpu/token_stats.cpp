@@ -203,7 +203,11 @@ void absorb(RowState& row, const Block<S>& block, double inverse_temperature) {
   // Nothing but masked tokens yet: any finite maximum gives the exponentials 0, and -inf - -inf would give NaN.
   const Levels<S> policy(m_p == -inf ? 0 : m_p, inverse_temperature), ref(m_q == -inf ? 0 : m_q, inverse_temperature);
   Sums now = block_sums<with_ref, false>(block, policy, ref);
-  if (!std::isfinite(now.u) || !std::isfinite(now.v)) now = block_sums<with_ref, true>(block, policy, ref);
+  if (!std::isfinite(now.u) || !std::isfinite(now.v)) {
+    const Sums again = block_sums<with_ref, true>(block, policy, ref);
+    if (!std::isfinite(now.u)) now.u = again.u;  // else its bits would depend on what the reference masks
+    if (!std::isfinite(now.v)) now.v = again.v;
+  }
 
   // From levels to nats below the maximum: every t is `top` too high, so Σ e (t - top) = u - s top; in v both tops
   // enter. An infinite v stays: inf - inf, and later 0 · inf, would be NaN.
