@@ -325,15 +325,13 @@ def rollout(
 ) -> Rollout:
     """Draw responses and lay them out for training: token in, token out, nothing is tokenised again."""
     drawn = generate(policy, prompts, eot, limits, generator, Sampling(temperature), kernel)
-    lengths = drawn.mask.sum(-1).tolist()
-    T = max(len(prompt) + length for prompt, length in zip(prompts, lengths))
-    tokens = torch.full((len(prompts), T), eot, device=drawn.responses.device)
-    counted = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (prompt, length) in enumerate(zip(prompts, lengths)):
-        end = len(prompt) + length
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-        tokens[row, len(prompt) : end] = drawn.responses[row, :length]
-        counted[row, len(prompt) : end] = True
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=drawn.mask.device)[:, None]  # (B, 1)
+    ends = starts + drawn.mask.sum(-1, keepdim=True)
+    T = int(ends.max())
+    position = torch.arange(T, device=drawn.mask.device)
+    counted = (position >= starts) & (position < ends)  # (B, T)
+    tokens = torch.tensor([[*prompt, *[eot] * (T - len(prompt))] for prompt in prompts], device=counted.device)
+    tokens = tokens.masked_scatter(counted, drawn.responses[drawn.mask])
     return Rollout(tokens, counted, drawn.responses, drawn.mask, drawn.logprobs, drawn.truncated)
 
 
@@ -371,6 +369,101 @@ def stats_and_values(
     targets = tokens[:, 1:][predicts]
     stats = linear_token_stats(hidden, policy.wte.weight, targets, *reference, temperature=temperature, kernel=kernel)
     return stats, critic.score(hidden).squeeze(-1)
+
+
+class Experience(NamedTuple):
+    """What is known of a rollout before its first update, token by token; 0 where nothing counts."""
+
+    logprobs: Float[Tensor, "B R"]  # read again: those the tokens were drawn with, but for rounding
+    ref_logprobs: Float[Tensor, "B R"]
+    kl: Float[Tensor, "B R"]  # KL(π‖π_ref), exact, over the whole vocabulary
+    entropy: Float[Tensor, "B R"]
+    values: Float[Tensor, "B R"]
+    rewards: Float[Tensor, "B R"]
+    advantages: Float[Tensor, "B R"]  # whitened if asked for
+    returns: Float[Tensor, "B R"]
+
+
+def appraise(
+    policy: GPT,
+    critic: ScalarModel,
+    ref: GPT,
+    episodes: Rollout,
+    scores: Float[Tensor, " B"],
+    kl_coef: float,
+    config: PPOConfig,
+    dtype: str = "fp32",
+    kernel: str = "auto",
+) -> Experience:
+    """From one score a response to a reward and an advantage a token; `policy` is still the one that drew them."""
+    mask, device = episodes.mask, episodes.mask.device
+    known = episodes.old_logprobs.new_zeros(5, *mask.shape)
+    for piece in microbatches(episodes.counted, torch.arange(len(mask), device=device), config.microbatch_size):
+        with torch.no_grad(), autocast(device, dtype):
+            stats, values = stats_and_values(policy, critic, *cut_to(episodes, piece), ref, config.temperature, kernel)
+        for table, column in zip(known, (stats.logprobs, stats.ref_logprobs, stats.kl, stats.entropy, values)):
+            table[piece] = scatter_counted(column.to(table.dtype), mask[piece])
+    logprobs, ref_logprobs, exact_kl, entropy, values = known  # each (B, R)
+
+    # 3. Rewards: KL(π‖π_ref) a token, the score at the last one.
+    kl = kl_terms(episodes.old_logprobs, ref_logprobs, exact_kl, config.kl_estimator)
+    rewards = shape_rewards(scores, kl, mask, kl_coef if config.kl_in != "loss" else 0.0)
+
+    # 4. Advantages.
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+    if config.whiten:
+        advantages = whiten(advantages, mask)
+    return Experience(logprobs, ref_logprobs, exact_kl, entropy, values, rewards, advantages, returns)
+
+
+class Losses(NamedTuple):
+    """The terms of the loss, one number a counted token (N,), or sums of them; and how far the policy has moved."""
+
+    policy: Float[Tensor, "*n"]
+    value: Float[Tensor, "*n"]
+    entropy: Float[Tensor, "*n"]
+    kl: Float[Tensor, "*n"]  # 0 unless the KL is paid for in the loss
+    logratio: Float[Tensor, "*n"]  # log π/π_old; no part of the loss
+
+
+def token_losses(
+    policy: GPT,
+    critic: ScalarModel,
+    ref: GPT,
+    episodes: Rollout,
+    experience: Experience,
+    rows: Int[Tensor, " b"],
+    config: PPOConfig,
+    dtype: str = "fp32",
+    kernel: str = "auto",
+) -> Losses:
+    """The terms of the loss at the counted tokens of some rows of a rollout, row after row: N = counted tokens."""
+    counts = episodes.mask[rows]  # (b, R); the flat (N,) tensors below list its True entries row by row
+    old_logprobs, advantages, old_values, returns = (
+        table[rows][counts]
+        for table in (episodes.old_logprobs, experience.advantages, experience.values, experience.returns)
+    )
+    reference = ref if config.kl_in != "reward" else None
+    with autocast(counts.device, dtype):
+        now, values = stats_and_values(policy, critic, *cut_to(episodes, rows), reference, config.temperature, kernel)
+    return Losses(
+        policy=policy_loss(now.logprobs, old_logprobs, advantages, config.clip),
+        value=value_loss(values.to(returns.dtype), old_values, returns, config.value_clip),
+        entropy=now.entropy,
+        kl=torch.zeros_like(old_logprobs)
+        if reference is None
+        else kl_terms(now.logprobs, now.ref_logprobs, now.kl, config.kl_estimator),
+        logratio=now.logprobs - old_logprobs,
+    )
+
+
+def total_loss(terms: Losses, kl_coef: float, config: PPOConfig) -> Float[Tensor, "*n"]:
+    """What is minimised, a token or of sums over tokens: L_policy + c_V L_value - c_H entropy (+ β KL).
+
+    Source: Schulman et al. 2017, eq. 9.
+    """
+    loss = terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
+    return loss + kl_coef * terms.kl if config.kl_in != "reward" else loss
 
 
 def train(
@@ -444,27 +537,11 @@ def train(
         scores = score(reward, asked, answered).to(device)  # (B,)
         shaped_scores = shape_scores(scores, episodes.truncated, state, config)
 
-        # 3. Rewards: KL(π‖π_ref) a token, the score at the last one.
-        known = torch.zeros(5, *mask.shape, device=device)
-        for piece in microbatches(episodes.counted, torch.arange(len(prompts), device=device), config.microbatch_size):
-            with torch.no_grad(), autocast(device, dtype):
-                stats, new_values = stats_and_values(
-                    policy, critic, *cut_to(episodes, piece), ref, config.temperature, kernel
-                )
-            for table, column in zip(known, (stats.logprobs, stats.ref_logprobs, stats.kl, stats.entropy, new_values)):
-                table[piece] = scatter_counted(column.float(), mask[piece])
-        recomputed, ref_logprobs, exact_kl, entropy, values = known  # each (B, R)
-        old_logprobs = episodes.old_logprobs
-        drift = float((recomputed - old_logprobs).abs().max())
+        # 3. and 4. Rewards and advantages, token by token.
+        experience = appraise(policy, critic, ref, episodes, shaped_scores, state["kl_coef"], config, dtype, kernel)
+        drift = float((experience.logprobs - episodes.old_logprobs).abs().max())
         if step == start:
             check_ratio(drift, NOISE_FLOOR[dtype])
-        kl = kl_terms(old_logprobs, ref_logprobs, exact_kl, config.kl_estimator)
-        rewards = shape_rewards(shaped_scores, kl, mask, state["kl_coef"] if config.kl_in != "loss" else 0.0)
-
-        # 4. Advantages.
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        if config.whiten:
-            advantages = whiten(advantages, mask)
         rollout_seconds = time.perf_counter() - began
 
         # 5. Updates: several passes over the rollout in minibatches.
@@ -477,31 +554,17 @@ def train(
                 tokens_now = int(mask[rows_now].sum())
                 seen = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "old_kl"), 0.0)
                 for piece in microbatches(episodes.counted, rows_now, config.microbatch_size):
-                    counts = mask[piece]  # (b, R); the flat (N,) tensors below list its True entries row by row
-                    reference = ref if config.kl_in != "reward" else None
-                    with autocast(device, dtype):
-                        now, new_values = stats_and_values(
-                            policy, critic, *cut_to(episodes, piece), reference, config.temperature, kernel
-                        )
-                    old, advantage = old_logprobs[piece][counts], advantages[piece][counts]  # (N,)
-                    losses = policy_loss(now.logprobs, old, advantage, config.clip)
-                    values_off = value_loss(
-                        new_values.float(), values[piece][counts], returns[piece][counts], config.value_clip
-                    )
-                    loss = losses.sum() + config.value_coef * values_off.sum()
-                    loss = loss - config.entropy_coef * now.entropy.sum()
-                    if reference is not None:
-                        penalty = kl_terms(now.logprobs, now.ref_logprobs, now.kl, config.kl_estimator)
-                        loss = loss + state["kl_coef"] * penalty.sum()
+                    terms = token_losses(policy, critic, ref, episodes, experience, piece, config, dtype, kernel)
+                    loss = total_loss(Losses(*(term.sum() for term in terms)), state["kl_coef"], config)
                     (loss / tokens_now).backward()
 
                     with torch.no_grad():
-                        logratio = now.logprobs - old
-                        ratio = logratio.exp()
-                        seen["policy_loss"] += losses.sum().item() / tokens_now
-                        seen["value_loss"] += values_off.sum().item() / tokens_now
+                        ratio = terms.logratio.exp()
+                        seen["policy_loss"] += terms.policy.sum().item() / tokens_now
+                        seen["value_loss"] += terms.value.sum().item() / tokens_now
                         seen["clip_fraction"] += ((ratio - 1).abs() > config.clip).sum().item() / tokens_now
-                        seen["old_kl"] += (ratio - 1 - logratio).sum().item() / tokens_now  # k3 of KL(π_old‖π)
+                        # k3 of KL(π_old‖π)
+                        seen["old_kl"] += (ratio - 1 - terms.logratio).sum().item() / tokens_now
                         sums["ratio_max"] = max(sums["ratio_max"], ratio.max().item())
                 trained = [policy, critic.score] if shared else [policy]
                 grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -529,6 +592,7 @@ def train(
                 break
 
         # 6. Log: sums over a response, means over responses or over the tokens that count.
+        old_logprobs, ref_logprobs, exact_kl = episodes.old_logprobs, experience.ref_logprobs, experience.kl  # (B, R)
         k1 = (old_logprobs - ref_logprobs).sum(-1)  # (B,)
         kl_coef = state["kl_coef"]
         if config.kl_target > 0:
@@ -545,11 +609,11 @@ def train(
             "kl_k3": float(kl_terms(old_logprobs, ref_logprobs, exact_kl, "k3").sum(-1).mean()),
             "kl_exact": float(exact_kl.sum(-1).mean()),
             "objective": float(scores.mean()) - kl_coef * float(exact_kl.sum(-1).mean()),
-            "entropy": float(masked_mean(entropy, mask)),
+            "entropy": float(masked_mean(experience.entropy, mask)),
             "length": float(lengths.mean()),
             "eot_rate": float((~episodes.truncated).float().mean()),
-            "explained_variance": explained_variance(values, returns, mask),
-            "advantage_std": float(advantages[mask].std(correction=0)),
+            "explained_variance": explained_variance(experience.values, experience.returns, mask),
+            "advantage_std": float(experience.advantages[mask].std(correction=0)),
             **{name: value if name == "ratio_max" else value / looks for name, value in sums.items()},
             "updates": updates,
             "ratio_drift": drift,
