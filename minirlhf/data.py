@@ -40,7 +40,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minirlhf import InputError
-from minirlhf.tokenizer import Tokenizer
+from minirlhf.tokenizer import Tokenizer, TokenText
 
 # --- records ---
 
@@ -419,12 +419,22 @@ def make_example(tokenizer: Tokenizer, prompt: str, response: str, context: int)
     """
     if context < 2:
         raise ValueError(f"context {context} is too short for one token of a prompt and one of a response")
-    before = tokenizer.encode(prompt) or [tokenizer.eot]
-    after = [*tokenizer.encode(response), tokenizer.eot]
+    before, after = tokens_of(tokenizer, prompt, response)
     cut = len(before) + len(after) > context
     before = before[-max(1, context - len(after)) :]
     after = after[: context - len(before)]
     return Example(before + after, len(before)), cut
+
+
+def tokens_of(tokenizer: Tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
+    """Ids of a prompt, which is end-of-text where it is empty, and of its response with end-of-text behind it.
+
+    A `TokenText` already has its tokens, and they are taken as they are: of a response that was drawn, with end-of-text
+    only if that was drawn too.
+    """
+    before = prompt.tokens if isinstance(prompt, TokenText) else tokenizer.encode(prompt) or [tokenizer.eot]
+    after = response.tokens if isinstance(response, TokenText) else [*tokenizer.encode(response), tokenizer.eot]
+    return before, after
 
 
 def examples_from(

@@ -223,11 +223,11 @@ def with_reference(
 ) -> PreferenceData:
     """Run the reference once over all responses; it never changes, so its log-probs are kept."""
     starts = list(accumulate((len(record.examples) for record in records), initial=0))
-    data = PreferenceData(records, starts[:-1], torch.zeros(starts[-1]))
+    data = PreferenceData(records, starts[:-1], torch.zeros(starts[-1], dtype=ref.wte.weight.dtype))
     for index in by_length(records, batch_size):
         batch = collate_records(data, index, fill)
         with torch.no_grad(), autocast(ref.wte.weight.device, dtype):
-            data.ref_logps[batch.index] = response_logps(ref, batch.packed, average, kernel).float().cpu()
+            data.ref_logps[batch.index] = response_logps(ref, batch.packed, average, kernel).cpu()
     return data
 
 
@@ -245,7 +245,7 @@ def pair_metrics(
 ) -> tuple[Float[Tensor, " P"], dict[str, Float[Tensor, " P"]]]:
     """What is minimised of each pair, and what people look at: its parts, rewards β·logratio, margins, accuracy."""
     device = model.wte.weight.device
-    logps = response_logps(model, batch.packed, config.average, kernel).float()  # (N,)
+    logps = response_logps(model, batch.packed, config.average, kernel)  # (N,)
     ref_logps = data.ref_logps[batch.index].to(device)
     # index_select adds up the gradients of a response's pairs in one order, always.
     pick = [places.to(device) for places in (batch.chosen, batch.rejected)]

@@ -35,33 +35,14 @@ from minirlhf.data import (
     expect,
     make_example,
     read_records,
+    tokens_of,
     write_records,
 )
-from minirlhf.generate import encode_prompt
 from minirlhf.model import last_token
 from minirlhf.runs import check_positive, cli, load_run, pick_device, require_same_tokenizer
-from minirlhf.tokenizer import Tokenizer
+from minirlhf.tokenizer import Tokenizer, TokenText
 
 FORMS = "gold, pkg.module:function, hf:DIR (a text classifier) or the folder of a reward model"
-
-
-class TokenText(str):
-    """Decoded text that still carries the tokens it was decoded from.
-
-    Decoding is not always undone by encoding: a policy may draw "ord" + "er" where the tokenizer would write "order".
-    A reward model must score what was drawn, so the tokens travel with the text; functions that ask for text read it
-    as the plain string it also is.
-
-    Attributes:
-        tokens: the ids; of a response, those drawn, with the end-of-text that the string does not show.
-    """
-
-    tokens: list[int]
-
-    def __new__(cls, text: str, tokens: list[int]) -> "TokenText":
-        self = super().__new__(cls, text)
-        self.tokens = tokens
-        return self
 
 
 @runtime_checkable
@@ -117,9 +98,7 @@ class RewardModelScorer:
 
     def example(self, prompt: str, response: str) -> Example:
         """The tokens to score: those a `TokenText` carries, or those of the string and end-of-text."""
-        before = prompt.tokens if isinstance(prompt, TokenText) else encode_prompt(self.tokenizer, prompt)
-        drawn = isinstance(response, TokenText)
-        after = response.tokens if drawn else [*self.tokenizer.encode(response), self.tokenizer.eot]
+        before, after = tokens_of(self.tokenizer, prompt, response)
         return Example([*before, *after], len(before))
 
     @torch.no_grad()

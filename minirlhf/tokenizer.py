@@ -213,6 +213,25 @@ class Tokenizer:
         return digest.hexdigest()[:16]
 
 
+class TokenText(str):
+    """Decoded text that still carries the tokens it was decoded from.
+
+    Decoding is not always undone by encoding: a policy may draw "ord" + "er" where the tokenizer would write "order".
+    A reward model must score what was drawn, so the tokens travel with the text; functions that ask for text read it
+    as the plain string it also is.
+
+    Attributes:
+        tokens: the ids; of a response, those drawn, with the end-of-text that the string does not show.
+    """
+
+    tokens: list[int]
+
+    def __new__(cls, text: str, tokens: list[int]) -> TokenText:
+        self = super().__new__(cls, text)
+        self.tokens = tokens
+        return self
+
+
 class _Unfit(ValueError):
     """A tokenizer.json of a kind that tiktoken cannot reproduce."""
 

@@ -32,7 +32,7 @@ from minirlhf.data import (
     token_stream,
     write_records,
 )
-from minirlhf.tokenizer import Tokenizer
+from minirlhf.tokenizer import Tokenizer, TokenText
 
 GOOD = '{"prompt": "Where is it?", "response": "On its way."}\n'
 
@@ -418,6 +418,14 @@ def test_example_counts_the_response_and_its_end(tokenizer: Tokenizer) -> None:
 def test_example_without_a_prompt_starts_with_end_of_text(tokenizer: Tokenizer) -> None:
     example, cut = make_example(tokenizer, "", "cd", context=10)
     assert example == Example([tokenizer.eot, *tokenizer.encode("cd"), tokenizer.eot], start=1)
+    assert not cut
+
+
+def test_what_was_drawn_keeps_its_tokens(tokenizer: Tokenizer) -> None:
+    # "cd" in two pieces, as a policy may draw it, and cut at a limit: neither put together nor ended.
+    prompt, response = TokenText("ab", tokenizer.encode("ab")), TokenText("cd", [99, 100])
+    example, cut = make_example(tokenizer, prompt, response, context=10)
+    assert example == Example([*tokenizer.encode("ab"), 99, 100], start=len(prompt.tokens))
     assert not cut
 
 
