@@ -370,3 +370,9 @@ class TableReward:
         self, prompts: Sequence[TokenText], responses: Sequence[TokenText], texts: Sequence[str]
     ) -> list[float]:
         return [self.table[tuple(p.tokens), tuple(r.tokens)] for p, r in zip(prompts, responses)]
+
+
+if __name__ == "__main__":
+    from minirlhf.convergence import run
+
+    run()
