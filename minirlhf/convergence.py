@@ -41,14 +41,14 @@ from minirlhf.runs import Run, RunArgs, check_at_least, check_positive, cli, con
 LETTERS, LENGTH, PROMPTS = 4, 2, 3  # 21 responses to each of three prompts
 LOOKS = 25  # points of a curve
 PPO = ppo.PPOConfig(
-    steps=60, batch_size=1008, epochs=1, minibatches=6, microbatch_size=0, response_tokens=str(LENGTH), lr=2e-3,
+    steps=50, batch_size=1008, epochs=1, minibatches=6, microbatch_size=0, response_tokens=str(LENGTH), lr=2e-3,
     critic_lr=3e-3, warmup_steps=5, value_clip=0.0, whiten=False, missing_eot_penalty=0.0, sample_every=10**6,
 )  # fmt: skip
 # Near the optimum the exact KL leaves noise in every response where k1 leaves none (docs/exact.md): more of them.
-PPO_EXACT = replace(PPO, kl_estimator="exact", kl_in="both", steps=90)
-DPO = dpo.DPOConfig(steps=240, batch_size=40, lr=3e-3, label_smoothing=0.0, sft_coef=0.0)
+PPO_EXACT = replace(PPO, kl_estimator="exact", kl_in="both", steps=80)
+DPO = dpo.DPOConfig(steps=220, batch_size=40, lr=3e-3, label_smoothing=0.0, sft_coef=0.0)
 RANKED = 12  # responses in each of DPO's rankings
-DPO_HALF = replace(DPO, steps=120)
+DPO_HALF = replace(DPO, steps=100)
 RANKED_OF_HALF = 5
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128)
 BOUNDS = {"ppo": 0.02, "ppo_exact": 0.01, "dpo": 0.02}  # of the reference's regret

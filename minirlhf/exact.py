@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf.data import Example, Ranking, collate
@@ -312,6 +312,29 @@ def state_values(
     zero = rewards.new_zeros(len(states))
     mean = zero.index_add(0, where[mask], share * to_go[mask]) / zero.index_add(0, where[mask], share)
     return torch.where(mask, mean[where], 0.0)
+
+
+class ExactCritic(ScalarModel):
+    """A critic that knows: in the place of a trained one, it looks up V(x, y_<t).
+
+    Args:
+        world: what can be asked of it.
+        values: (X·K, R), as `state_values` gives them.
+    """
+
+    def __init__(self, world: World, values: Float[Tensor, "XK R"]):
+        super().__init__(_shape(world, 2, 1))
+        self.table = {}
+        for row, (prompt, response) in enumerate(itertools.product(world.prompts, world.responses)):
+            for t in range(len(response)):
+                self.table[(*prompt, *response[:t])] = float(values[row, t])
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None, **layout: Tensor
+    ) -> Float[Tensor, "B T"]:
+        """V at every position, 0 where no response can have begun or gone on; float64, without a gradient."""
+        known = [[self.table.get(tuple(row[: t + 1]), 0.0) for t in range(len(row))] for row in tokens.tolist()]
+        return torch.tensor(known, dtype=torch.float64, device=tokens.device)
 
 
 # --- what people would say --------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from minirlhf import dpo, exact, ppo, reward_model, sft
 from minirlhf.data import Batch, Example, collate
 from minirlhf.dpo import DPOConfig
-from minirlhf.exact import World, make_policy, make_scalar, make_world
+from minirlhf.exact import ExactCritic, World, make_policy, make_scalar, make_world
 from minirlhf.generate import Sampling, generate
 from minirlhf.model import GPT, ScalarModel, clone
 from minirlhf.ppo import Losses, PPOConfig, Rollout, total_loss
@@ -289,21 +289,6 @@ EXACT = PPOConfig(
 FRESH = {"score_count": 0.0, "score_mean": 0.0, "score_m2": 0.0}
 
 
-class ExactCritic(ScalarModel):
-    """A critic that knows: its output is the value function, looked up."""
-
-    def __init__(self, world: World, values: torch.Tensor):
-        super().__init__(make_scalar(world, width=8).config)
-        self.table = {}
-        for row, (prompt, response) in enumerate(itertools.product(world.prompts, world.responses)):
-            for t in range(len(response)):
-                self.table[(*prompt, *response[:t])] = values[row, t].item()
-
-    def forward(self, tokens, mask=None, **layout):
-        known = [[self.table.get(tuple(row[: t + 1]), 0.0) for t in range(len(row))] for row in tokens.tolist()]
-        return torch.tensor(known, dtype=torch.float64)
-
-
 def expectation(world: World, policy: GPT, episodes: Rollout, terms: Losses, rows: torch.Tensor, temperature=1.0):
     """Σ_y π_old(y|x) Σ_t of each term of the loss; the loop divides such a sum by the number of tokens."""
     share = exact.weights(episodes.old_logprobs.sum(-1).view(len(world.prompts), -1))
@@ -572,6 +557,70 @@ def test_at_the_optimum_k1_in_the_reward_leaves_nothing_to_learn_from_any_respon
             assert seen.advantages.abs().max() < 1e-10
         else:
             assert seen.advantages.abs().max() > 1e-3
+
+
+def noise(world: World, policy: GPT, ref: GPT, kl_in: str, estimator: str) -> float:
+    """E‖g‖² - ‖E g‖² of a response's gradient g, with the exact critic."""
+    config = dataclasses.replace(EXACT, kl_in=kl_in, kl_estimator=estimator)
+    logps = exact.log_probs(world, policy).detach()
+    _, seen = expected_loss(world, policy, critic_of(world, 0), ref, config)
+    critic = ExactCritic(world, exact.state_values(world, logps, seen.rewards))
+    episodes = exact.listing(world, policy)
+    seen = ppo.appraise(policy, critic, ref, episodes, world.rewards.flatten(), config.kl_coef, config)
+    pulls = []
+    for row in range(len(episodes.mask)):
+        terms = ppo.token_losses(policy, critic, ref, episodes, seen, torch.tensor([row]), config)
+        pulls.append(gradient(total_loss(Losses(*(t.sum() for t in terms)), config.kl_coef, config), policy))
+    pulls, share = torch.stack(pulls), exact.weights(logps)[:, None]
+    return float((share * (pulls - (share * pulls).sum(0)).square()).sum())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_k1_in_the_reward_leaves_less_noise_than_the_exact_kl(seed):
+    world = make_world(3, 2, 2, seed)
+    end, start = policy_of(world, 1, 2.0), policy_of(world, 2)
+    ref = clone(start)
+    world = at_the_optimum(world, end, ref, EXACT.kl_coef)
+    halfway = policy_of(world, 2)
+    for parameter, target in zip(halfway.parameters(), end.parameters()):
+        parameter.data.lerp_(target.data, 0.5)
+    begin, half, there = (
+        [noise(world, policy, ref, *kind) for kind in (("reward", "k1"), ("both", "exact"))]
+        for policy in (start, halfway, end)
+    )
+    assert begin[0] == pytest.approx(begin[1]) and begin[0] > 1  # there is no KL yet to differ in
+    assert half[0] < half[1]
+    assert there[0] < 1e-12 and there[1] > 1
+
+
+# --- what a policy can be ---------------------------------------------------------------------------------------------
+
+
+def least_regret(world: World) -> float:
+    """What is left, as a share of the reference's regret, when J itself is climbed by its exact gradient."""
+    policy, ref = (make_policy(world, 3, width=16).double() for _ in range(2))
+    ref_logps = exact.log_probs(world, ref).detach()
+    optimizer = torch.optim.LBFGS(policy.parameters(), max_iter=300, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = exact.regret(exact.log_probs(world, policy), ref_logps, world.rewards, 0.3)
+        loss.backward()
+        return loss
+
+    before = closure().item()
+    optimizer.step(closure)
+    return closure().item() / before
+
+
+def test_prompts_that_begin_alike_cannot_both_have_their_optimum():
+    # Prompt "a", response "bc" and prompt "ab", response "c" end in the same network state, where two rewards want two
+    # distributions. It is not a matter of size or training: the same rewards behind prompts that differ are reached.
+    apart = make_world(3, 2, 2, seed=15)
+    apart = dataclasses.replace(apart, prompts=((0,), (1, 0)))
+    alike = dataclasses.replace(apart, prompts=((0,), (0, 1)))
+    assert least_regret(apart) < 1e-4
+    assert least_regret(alike) > 0.02
 
 
 # --- the reward model -------------------------------------------------------------------------------------------------
