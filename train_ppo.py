@@ -2,6 +2,7 @@
 
     python train_ppo.py                                                 the embedded help desk, its reward model
     python train_ppo.py --reward gold                                   straight on the gold judge
+    python train_ppo.py --explain 3                                     and what happened to every token of 3 responses
     python train_ppo.py --prompts mine.jsonl --init runs/mine --reward my_rewards:politeness --out runs/mine-ppo
 
 A reward function is any `def politeness(prompts, responses, texts)` that returns one number a response.
@@ -43,10 +44,19 @@ class Args(RunArgs):
     """LOW:HIGH: take the first LOW to HIGH tokens of each text as its prompt."""
     skip_long_prompts: bool = False
     """Leave out prompts that do not fit the context with their response, instead of stopping."""
+    explain: int = 0
+    """Responses to take apart, token by token, at the first rollout and wherever samples are shown: tables on the
+    terminal, and explain.html in the run's folder; 0 = none."""
 
     def __post_init__(self):
         super().__post_init__()
         check_at_least(1, n=self.n)
+        check_at_least(0, explain=self.explain)
+        if self.explain > self.config.batch_size:
+            raise InputError(
+                f"--explain {self.explain} is more than the {self.config.batch_size} responses of a rollout; lower it, "
+                "or raise --batch-size"
+            )
         if self.prompt_tokens is not None:
             parse_range("--prompt-tokens", self.prompt_tokens)
 
@@ -73,7 +83,7 @@ def main(args: Args) -> None:
     console.print(f"{len(prompts):,} prompts of {args.prompts}, reward {reward.name}")
     train(
         policy, ref, critic, reward, lambda step: prompts_at(args, prompts, step), tokenizer, args.config, run,
-        seed=args.seed, gold=gold, dtype=args.dtype, kernel=args.kernel,
+        seed=args.seed, gold=gold, dtype=args.dtype, kernel=args.kernel, explain=args.explain,
     )  # fmt: skip
     run.finish(policy, tokenizer)
 

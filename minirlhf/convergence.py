@@ -46,9 +46,9 @@ PPO = ppo.PPOConfig(
 )  # fmt: skip
 # Near the optimum the exact KL leaves noise in every response where k1 leaves none (docs/exact.md): more of them.
 PPO_EXACT = replace(PPO, kl_estimator="exact", kl_in="both", steps=80)
-DPO = dpo.DPOConfig(steps=220, batch_size=40, lr=3e-3, label_smoothing=0.0, sft_coef=0.0)
+DPO = dpo.DPOConfig(steps=180, batch_size=60, lr=4e-3, label_smoothing=0.0, sft_coef=0.0)
 RANKED = 12  # responses in each of DPO's rankings
-DPO_HALF = replace(DPO, steps=100)
+DPO_HALF = replace(DPO, steps=100, batch_size=40)
 RANKED_OF_HALF = 5
 BEST_OF = (1, 2, 4, 8, 16, 32, 64, 128)
 BOUNDS = {"ppo": 0.02, "ppo_exact": 0.01, "dpo": 0.02}  # of the reference's regret

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf import InputError
+from minirlhf.explain import Explained, show_explained, token_text
 from minirlhf.generate import Sampling, generate
 from minirlhf.model import GPT, ScalarModel, adamw, response_stats, scatter_counted
 from minirlhf.rewards import Reward, TokenText, score
@@ -262,6 +263,18 @@ def policy_loss(
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
+def clipped(ratio: Float[Tensor, "*n"], advantages: Float[Tensor, "*n"], clip: float) -> Bool[Tensor, "*n"]:
+    """True where the clipped surrogate has no gradient: the ratio is beyond ε on the side its advantage pushes it to.
+
+        ρ > 1+ε and A > 0,  or  ρ < 1-ε and A < 0
+
+    The metric `clip_fraction` counts both sides, whatever the advantage.
+
+    Source: Schulman et al. 2017, figure 1.
+    """
+    return ((ratio > 1 + clip) & (advantages > 0)) | ((ratio < 1 - clip) & (advantages < 0))
+
+
 def value_loss(
     values: Float[Tensor, "*n"], old_values: Float[Tensor, "*n"], returns: Float[Tensor, "*n"], clip: float
 ) -> Float[Tensor, "*n"]:
@@ -466,6 +479,56 @@ def total_loss(terms: Losses, kl_coef: float, config: PPOConfig) -> Float[Tensor
     return loss + kl_coef * terms.kl if config.kl_in != "reward" else loss
 
 
+@torch.no_grad()
+def take_apart(
+    step: int,
+    rows: Sequence[int],
+    policy: GPT,
+    critic: ScalarModel,
+    ref: GPT,
+    episodes: Rollout,
+    scores: Float[Tensor, " B"],
+    shaped_scores: Float[Tensor, " B"],
+    experience: Experience,
+    kl_coef: float,
+    tokenizer: Tokenizer,
+    config: PPOConfig,
+    dtype: str = "fp32",
+    kernel: str = "auto",
+) -> list[Explained]:
+    """Some responses of a rollout, token by token, with the columns of `explain.COLUMNS`; padding is left out.
+
+    `policy` is the one after the rollout's updates: ratio and clipped are of it, all else is what `appraise` found. The
+    prompt's tokens come first; they do not count and have no numbers.
+    """
+    mask, ratio = episodes.mask, torch.ones_like(episodes.old_logprobs)
+    for piece in microbatches(episodes.counted, torch.tensor(rows, device=mask.device), config.microbatch_size):
+        terms = token_losses(policy, critic, ref, episodes, experience, piece, config, dtype, kernel)
+        ratio[piece] = scatter_counted(terms.logratio.exp(), mask[piece])
+    known = {
+        "logprob": episodes.old_logprobs, "ref_logprob": experience.ref_logprobs, "kl": experience.kl,
+        "reward": experience.rewards, "value": experience.values, "advantage": experience.advantages,
+        "return": experience.returns, "ratio": ratio, "clipped": clipped(ratio, experience.advantages, config.clip),
+    }  # each (B, R)  # fmt: skip
+    kl_paid = kl_terms(episodes.old_logprobs, experience.ref_logprobs, experience.kl, config.kl_estimator)  # (B, R)
+
+    responses = []
+    for row in rows:
+        prompt = episodes.tokens[row, : int(episodes.counted[row].long().argmax())].tolist()
+        tokens = [{"text": token_text(tokenizer, t), "mask": False} | dict.fromkeys(known) for t in prompt]
+        columns = (table[row][mask[row]].tolist() for table in (episodes.responses, *known.values()))
+        for token, *numbers in zip(*columns):
+            finite = (x if math.isfinite(x) else None for x in numbers)  # JSON knows no others
+            tokens.append({"text": token_text(tokenizer, token), "mask": True} | dict(zip(known, finite)))
+        responses.append(
+            Explained(
+                step, row, bool(episodes.truncated[row]), float(scores[row]), float(shaped_scores[row]), kl_coef,
+                config.kl_estimator, config.kl_in, float(kl_paid[row].sum()), config.clip, config.whiten, tokens,
+            )
+        )  # fmt: skip
+    return responses
+
+
 def train(
     policy: GPT,
     ref: GPT,
@@ -480,6 +543,7 @@ def train(
     gold: Reward | None = None,
     dtype: str = "fp32",
     kernel: str = "auto",
+    explain: int = 0,
 ) -> dict[str, float]:
     """Train `policy` and `critic` in place.
 
@@ -496,6 +560,7 @@ def train(
         gold: a judge that is logged and never optimised.
         dtype: fp32 or bf16 matrix products.
         kernel: which `token_stats`.
+        explain: responses to take apart at the first rollout and wherever samples are shown; changes no weight.
 
     Returns:
         The last step's metrics.
@@ -532,8 +597,8 @@ def train(
 
         # 2. Score: the reward reads the tokens that were drawn, or their text.
         asked = [TokenText(tokenizer.decode(p), p) for p in prompts]
-        rows = [row[keep].tolist() for row, keep in zip(episodes.responses.cpu(), mask.cpu())]
-        answered = [TokenText(tokenizer.decode(row), row) for row in rows]
+        rows = episodes.responses[mask].cpu().split(mask.sum(-1).tolist())
+        answered = [TokenText(tokenizer.decode(row), row) for row in (row.tolist() for row in rows)]
         scores = score(reward, asked, answered).to(device)  # (B,)
         shaped_scores = shape_scores(scores, episodes.truncated, state, config)
 
@@ -623,14 +688,27 @@ def train(
             "update_seconds": time.perf_counter() - began,
         }
         run.log(step, metrics, show=("reward", "gold", "kl_exact"))
-        if (step + 1) % config.sample_every == 0 or step + 1 == config.steps:
-            shown = range(0, len(prompts), max(1, len(prompts) // 3))
+        shows = (step + 1) % config.sample_every == 0 or step + 1 == config.steps
+        if shows:
+            shown = spread(len(prompts), 3)
             run.samples(
-                step,
-                [{"prompt": asked[i], "response": answered[i], "reward": float(scores[i])} for i in list(shown)[:3]],
+                step, [{"prompt": asked[i], "response": answered[i], "reward": float(scores[i])} for i in shown]
             )
+
+        # If asked to, take a few responses apart, with the policy as the updates left it.
+        if explain and (shows or step == 0):
+            look = take_apart(
+                step, spread(len(prompts), explain), policy, critic, ref, episodes, scores, shaped_scores, experience,
+                kl_coef, tokenizer, config, dtype, kernel,
+            )  # fmt: skip
+            show_explained(run, look)
         run.checkpoint(step + 1, numbers=state, **parts)
     return metrics
+
+
+def spread(n: int, count: int) -> list[int]:
+    """At most `count` of n rows, evenly spread."""
+    return list(range(0, n, max(1, n // count)))[:count]
 
 
 def shape_scores(

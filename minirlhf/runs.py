@@ -3,6 +3,7 @@
     run.json         script, arguments, seed, versions, whether the run is finished
     metrics.jsonl    one JSON object a step
     samples.jsonl    a few responses every so often
+    explain.jsonl, explain.html    responses taken apart, token by token, where PPO is asked for them
     state/           what resuming needs: weights, optimiser moments, step; gone once the run is finished
     config.json, model.safetensors, tokenizer.json     the result, in Hugging Face's layout
 
@@ -43,7 +44,8 @@ from minirlhf.token_stats import Kernel
 from minirlhf.tokenizer import Tokenizer
 
 console = Console(highlight=False)
-RESUME_ONLY = ("out", "resume", "overwrite", "checkpoint_every")  # arguments that may differ when a run is resumed
+RESUME_ONLY = ("out", "resume", "overwrite", "checkpoint_every", "explain")  # may differ when a run is resumed
+ROWS = ("metrics.jsonl", "samples.jsonl", "explain.jsonl")  # appended to step by step
 
 
 @dataclass(frozen=True)
@@ -163,13 +165,17 @@ class Run:
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append responses to samples.jsonl and show them."""
+        self.append("samples.jsonl", [{"step": step, **row} for row in rows])
+        show_samples(f"step {step}", rows)
+
+    def append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Append rows, each with its step, to one of `ROWS` in the run's folder."""
         if not rows:
             return
         self._begin()
-        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
             for row in rows:
-                file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
-        show_samples(f"step {step}", rows)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def require_finite(self, step: int, **values: float | Tensor) -> None:
         """Stop, before the weights are touched, when a loss or a gradient is not a number."""
@@ -286,7 +292,7 @@ class Run:
 
     def _forget_from(self, step: int) -> None:
         """Drop logged rows that the resumed run is about to write again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ROWS:
             path = self.folder / name
             if path.is_file():
                 # Only "\n" ends a row: a sampled text may hold other line separators. A killed run may cut a character.
