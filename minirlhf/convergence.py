@@ -108,7 +108,13 @@ def seen_half(world: World, seed: int) -> Bool[Tensor, "X K"]:
 def measure(
     logps: Float[Tensor, "X K"], ref_logps: Float[Tensor, "X K"], world: World, beta: float, seen: Bool[Tensor, "X K"]
 ) -> dict[str, float]:
-    """Regret, KL and reward of a policy; the regret it would have if only the responses seen existed; their share."""
+    """What a policy is worth, means over prompts.
+
+    Returns:
+        regret, kl, reward: in units of the reward, nats, the reward's; regret_among_seen: what it would be if only the
+        responses seen existed; unseen: the probability of the others; forgotten: the probability under π* of what the
+        policy has given up, responses with less than a hundredth of their share.
+    """
     best, _ = exact.optimum(ref_logps, world.rewards, beta)
     among, best_among = (torch.log_softmax(x.masked_fill(~seen, -1e9), -1) for x in (logps, best))
     return {
@@ -117,6 +123,7 @@ def measure(
         "kl": float(exact.kl(logps, ref_logps).mean()),
         "reward": float(exact.expected_reward(logps, world.rewards).mean()),
         "unseen": float((logps.exp() * ~seen).sum(-1).mean()),
+        "forgotten": float((best.exp() * (logps - best < math.log(0.01))).sum(-1).mean()),
     }
 
 

@@ -127,6 +127,11 @@ def test_measures_of_a_policy_by_hand():
         own = (own - own.logsumexp(-1))[None]
         among += float(exact.regret(own, own, rewards[None], 0.5)) / 3
     assert row["regret_among_seen"] == pytest.approx(among)
+    best, _ = exact.optimum(ref_logps, world.rewards, 0.5)
+    given_up = ref_logps.clone()
+    given_up[1, 4] = -30.0
+    assert row["forgotten"] == pytest.approx(0)
+    assert measure(given_up, ref_logps, world, 0.5, seen)["forgotten"] == pytest.approx(best[1, 4].exp().item() / 3)
 
 
 def test_a_watched_run_looks_at_the_start_the_end_and_between(tmp_path, monkeypatch):
