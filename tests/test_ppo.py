@@ -256,11 +256,25 @@ def test_the_score_stands_at_the_last_token_and_every_token_pays_its_kl(lengths,
             torch.testing.assert_close(rewards[row, t], expected)
 
 
+def test_shaped_rewards_by_hand():
+    kl = torch.tensor([[0.5, -1.0, 2.0], [1.0, 9.0, 9.0]])
+    rewards = shape_rewards(torch.tensor([10.0, 20.0]), kl, lengths_mask([3, 1]), 0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.05, 0.1, 9.8], [19.9, 0.0, 0.0]]))
+
+
 def slow_gae(rewards, values, gamma, lam):
     """A_t = Σ_l (γλ)^l δ_{t+l} for one response, straight from the definition (Schulman et al. 2016, eq. 16)."""
     n = len(rewards)
     deltas = [rewards[t] + (gamma * values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
     return [sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, n)) for t in range(n)]
+
+
+def test_advantages_by_hand():
+    # δ = (0 + ½·2 - 1, 0 + ½·4 - 2, 8 - 4) = (0, 0, 4): nothing comes after the last token.
+    rewards, values = torch.tensor([[0.0, 0.0, 8.0], [3.0, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 4.0], [1.0, 0.0, 0.0]])
+    advantages, returns = gae(rewards, values, lengths_mask([3, 1]), 0.5, 0.5)
+    assert advantages.tolist() == [[0.25, 1.0, 4.0], [2.0, 0.0, 0.0]]
+    assert returns.tolist() == [[1.25, 3.0, 8.0], [3.0, 0.0, 0.0]]
 
 
 @settings(max_examples=60)
@@ -326,6 +340,12 @@ def test_whitened_advantages_have_mean_0_and_deviation_1(lengths, seed):
     assert torch.equal(whiten(torch.full_like(x, 2.0), mask), torch.zeros_like(x))
 
 
+def test_whitening_by_hand():
+    white = whiten(torch.tensor([[1.0, 3.0, 100.0], [5.0, -50.0, 100.0]]), lengths_mask([2, 1], 3))
+    deviation = math.sqrt(8 / 3)  # of 1, 3 and 5
+    torch.testing.assert_close(white, torch.tensor([[-2.0, 0.0, 0.0], [2.0, 0.0, 0.0]]) / deviation)
+
+
 def test_masked_mean_by_hand():
     x = torch.tensor([[1.0, 2.0, 100.0], [6.0, 100.0, 100.0]])
     assert masked_mean(x, lengths_mask([2, 1], 3)).item() == 3.0
@@ -387,6 +407,13 @@ def test_the_value_loss_by_hand(value, old, target, clip, loss, slope):
     got = value_loss(new, *others, clip)
     assert got.item() == pytest.approx(loss)
     assert torch.autograd.grad(got.sum(), new)[0].item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize(("kl_in", "loss"), [("reward", 1.7), ("loss", 2.5), ("both", 2.5)])
+def test_the_whole_loss_by_hand(kl_in, loss):
+    config = PPOConfig(value_coef=0.5, entropy_coef=0.1, kl_in=kl_in, kl_estimator="k2")
+    terms = ppo.Losses(*(torch.tensor([x]) for x in (1.0, 2.0, 3.0, 4.0, 100.0)))  # policy, value, entropy, KL, ratio
+    assert ppo.total_loss(terms, 0.2, config).item() == pytest.approx(loss)
 
 
 def test_the_kl_controller():
@@ -712,6 +739,49 @@ def test_log_probs_that_disagree_with_the_sampling_stop_the_run(tiny, tiny_token
         train_tiny(tmp_path / "run", policy, clone(policy), separate_critic(policy), tiny_tokenizer, ONE)
     assert torch.equal(weights(policy), before)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def moved(tiny, tiny_tokenizer):
+    """A rollout, what is known of it, and the losses of some of its rows after both networks moved."""
+    policy, ref = tiny(), clone(tiny(3))
+    critic = separate_critic(policy)
+    episodes = rollout(policy, PROMPTS * 2, [3, 7, 7, 5] * 2, tiny_tokenizer.eot, ONE.temperature, seeded(0))
+    experience = ppo.appraise(policy, critic, ref, episodes, torch.linspace(-1, 1, 8), 0.3, ONE)
+    with torch.no_grad():
+        for parameter in (*policy.parameters(), *critic.parameters()):
+            parameter.mul_(1.1)
+    rows = torch.tensor([5, 0, 2])
+    terms = ppo.token_losses(policy, critic, ref, episodes, experience, rows, ONE)
+    return policy, critic, episodes, experience, rows, terms
+
+
+def test_losses_of_networks_that_moved_are_against_the_figures_of_the_rollout(moved):
+    policy, critic, episodes, experience, rows, terms = moved
+    counts = episodes.mask[rows]
+    old, advantages, old_values, returns = (
+        table[rows][counts]
+        for table in (episodes.old_logprobs, experience.advantages, experience.values, experience.returns)
+    )
+    read_again = episodes.tokens[rows], episodes.counted[rows]
+    now, values = stats_and_values(policy, critic, *read_again, None, ONE.temperature, "auto")
+    ratio, step = (now.logprobs - old).exp(), values - old_values
+    assert 0 < ((ratio - 1).abs() > ONE.clip).sum() < len(ratio)
+    assert 0 < (step.abs() > ONE.value_clip).sum() < len(step)
+    expected = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    torch.testing.assert_close(terms.policy, expected, rtol=1e-4, atol=1e-5)
+    errors = torch.stack([values - returns, old_values + step.clamp(-0.2, 0.2) - returns])
+    torch.testing.assert_close(terms.value, 0.5 * errors.square().amax(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(terms.logratio, ratio.log(), rtol=1e-4, atol=1e-5)
+
+
+def test_no_loss_reaches_the_other_network(moved):
+    policy, critic, *_, terms = moved
+    for loss, own, other in ((terms.policy, policy, critic), (terms.value, critic, policy)):
+        gradients = torch.autograd.grad(loss.sum(), [*own.parameters()], retain_graph=True)
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+        strange = torch.autograd.grad(loss.sum(), [*other.parameters()], retain_graph=True, allow_unused=True)
+        assert all(gradient is None for gradient in strange)
 
 
 # --- accumulation, metrics, options -----------------------------------------------------------------------------------

@@ -125,6 +125,13 @@ def test_a_pair_is_bradley_terry(chosen, rejected, margin):
     assert loss_of([rejected, chosen], (2, 1), margin) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_a_ranking_by_hand():
+    scores = [0.0, math.log(2), math.log(4)]  # e^r is 1, 2 and 4
+    assert loss_of(scores, (3, 2, 1)) == pytest.approx(-math.log(4 / 7 * 2 / 3))  # rank 1, the best, is the third
+    assert loss_of(scores, (1, 2, 3)) == pytest.approx(-math.log(1 / 7 * 2 / 6))
+    assert loss_of(scores, (2, 2, 1)) == pytest.approx(-math.log(4 / 7))
+
+
 @settings(max_examples=60)
 @given(data=st.data(), k=st.integers(2, 5))
 def test_a_strict_ranking_is_plackett_luce(data, k):
