@@ -10,6 +10,8 @@ estimate from samples can be compared with what it should be:
 
     python -m minirlhf.exact        the shipped loops against the optimum on random worlds: a table and a picture
 
+It all lives on the CPU; for float64, make the models `.double()`. β is positive throughout.
+
 Source: the optimum, Korbak et al. 2022, "RL with KL penalties is better viewed as Bayesian inference", section 3;
 Rafailov et al. 2023, eq. 4. The regret follows from it.
 """
@@ -95,7 +97,7 @@ def make_world(letters: int = 3, length: int = 3, prompts: int = 3, seed: int = 
     """
     if not (3 <= letters <= 6 and 1 <= length <= 4 and 1 <= prompts <= letters):
         raise ValueError(
-            f"a world has 3 to 6 letters, responses of up to 4, no more prompts than letters; got {letters} letters, "
+            f"a world has 3 to 6 letters, responses of 1 to 4, 1 prompt to as many as letters; got {letters} letters, "
             f"length {length}, {prompts} prompts"
         )
     tokenizer = Tokenizer({b"abcdef"[i : i + 1]: i for i in range(letters)}, name="letters")
@@ -235,6 +237,8 @@ def best_of_n(ref_logps: Float[Tensor, "X K"], rewards: Float[Tensor, "X K"], n:
 
     Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy" (there without ties).
     """
+    if n < 1:
+        raise ValueError(f"the best of n responses needs n >= 1, got {n}")
     p = ref_logps.exp()
     at_most = (p[:, None, :] * (rewards[:, None, :] <= rewards[:, :, None])).sum(-1)  # (X, K)
     below = (p[:, None, :] * (rewards[:, None, :] < rewards[:, :, None])).sum(-1)
@@ -283,7 +287,7 @@ def state_values(
 ) -> Float[Tensor, "XK R"]:
     """V(x, y_<t) = E_π[ Σ_{u ≥ t} γ^{u-t} r_u | x, y_<t ], the value function itself, at every token of a listing.
 
-    Source: Schulman et al. 2016, eq. 1 and 2, for the reward a token that PPO sees.
+    Source: Schulman et al. 2016, section 2, for the reward a token that PPO sees.
 
     Args:
         world: what is listed.
@@ -308,7 +312,7 @@ def state_values(
     to_go = torch.zeros_like(rewards)
     for t in reversed(range(rewards.shape[1])):
         to_go[:, t] = rewards[:, t] + (gamma * to_go[:, t + 1] if t + 1 < rewards.shape[1] else 0.0)
-    share = weights(logps)[:, None].expand_as(rewards)[mask]
+    share = weights(logps).to(rewards.dtype)[:, None].expand_as(rewards)[mask]
     zero = rewards.new_zeros(len(states))
     mean = zero.index_add(0, where[mask], share * to_go[mask]) / zero.index_add(0, where[mask], share)
     return torch.where(mask, mean[where], 0.0)

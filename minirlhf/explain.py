@@ -38,8 +38,9 @@ COLUMNS = {
     "ref_logprob": Column("ref log-prob", ".2f", "The same under the reference, π_ref."),
     "kl": Column("KL", ".3f", "KL(π_old‖π_ref) of the distribution that the token was drawn from, over the whole "
                  "vocabulary: how far the policy stands from the reference here, whatever it drew; nats."),
-    "reward": Column("reward", "+.3f", "−β times the KL, where that is paid for in the reward; at the last token also "
-                     "the score, as PPO sees it."),
+    "reward": Column("reward", "+.3f", "−β times the KL by the estimator it is paid for with (k1: log-prob − ref "
+                     "log-prob, not the KL column), where it is paid for in the reward; at the last token also the "
+                     "score, as PPO sees it."),
     "value": Column("value", "+.2f", "What the critic expected, before the token was drawn, of the rewards to come."),
     "advantage": Column("advantage", "+.2f", "How much better than expected it went from here on (GAE). Updates push a "
                         "token with + up and one with − down."),
@@ -93,7 +94,9 @@ def visible(text: str) -> str:
 
 def number(value: float | None, spec: str) -> str:
     """A formatted number, 0 without a minus; one that is infinite or none at all is –."""
-    return "–" if value is None else format(value if float(format(value, spec)) else 0.0, spec)
+    return (
+        "–" if value is None or not math.isfinite(value) else format(value if float(format(value, spec)) else 0.0, spec)
+    )
 
 
 def cell(token: dict[str, Any], key: str) -> str:

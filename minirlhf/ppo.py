@@ -93,9 +93,9 @@ class PPOConfig:
     """Of the KL that is paid for; all of them are logged."""
     kl_in: Literal["reward", "loss", "both"] = "reward"
     """Where it is paid: in each token's reward, in the loss, or in both. The true gradient of KL(π‖π_ref) is that of k1
-    in the reward, and of exact in both. In the loss alone, k2 and exact have the right gradient a token, without its
-    effect on the tokens after it; k3 has that of the other direction, KL(π_ref‖π). Whitening rescales what is paid in
-    the reward, and not what is paid in the loss."""
+    in the reward, and of k1, k3 or exact in both. In the loss alone, k2 and exact have the right gradient a token,
+    without its effect on the tokens after it; k3 has that of the other direction, KL(π_ref‖π). Whitening rescales what
+    is paid in the reward, and not what is paid in the loss."""
     kl_target: float = 0.0
     """Adaptive β: the KL a response to steer to, in nats; 0 = β stays fixed."""
     kl_horizon: int = 2000
@@ -408,7 +408,18 @@ def appraise(
     dtype: str = "fp32",
     kernel: str = "auto",
 ) -> Experience:
-    """From one score a response to a reward and an advantage a token; `policy` is still the one that drew them."""
+    """From one score a response to a reward and an advantage a token.
+
+    Args:
+        policy: still the one that drew the responses.
+        critic: V(s_t), in units of the score.
+        ref: π_ref.
+        episodes: the rollout.
+        scores: (B,), as `shape_scores` leaves them.
+        kl_coef: β, in units of the score a nat.
+        config: estimator and place of the KL, γ, λ, whitening.
+        dtype, kernel: as for `train`.
+    """
     mask, device = episodes.mask, episodes.mask.device
     known = episodes.old_logprobs.new_zeros(5, *mask.shape)
     for piece in microbatches(episodes.counted, torch.arange(len(mask), device=device), config.microbatch_size):
@@ -420,7 +431,7 @@ def appraise(
 
     # 3. Rewards: KL(π‖π_ref) a token, the score at the last one.
     kl = kl_terms(episodes.old_logprobs, ref_logprobs, exact_kl, config.kl_estimator)
-    rewards = shape_rewards(scores, kl, mask, kl_coef if config.kl_in != "loss" else 0.0)
+    rewards = shape_rewards(scores.to(kl.dtype), kl, mask, kl_coef if config.kl_in != "loss" else 0.0)
 
     # 4. Advantages.
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
@@ -450,7 +461,20 @@ def token_losses(
     dtype: str = "fp32",
     kernel: str = "auto",
 ) -> Losses:
-    """The terms of the loss at the counted tokens of some rows of a rollout, row after row: N = counted tokens."""
+    """The terms of the loss at the counted tokens of some rows of a rollout.
+
+    Args:
+        policy, critic: as they are now; gradients go into these.
+        ref: π_ref, read only where the KL is paid for in the loss.
+        episodes: the rollout.
+        experience: what `appraise` made of it, before the first update.
+        rows: (b,), which responses.
+        config: clips, estimator and place of the KL.
+        dtype, kernel: as for `train`.
+
+    Returns:
+        `Losses` of (N,), N = counted tokens, row after row.
+    """
     counts = episodes.mask[rows]  # (b, R); the flat (N,) tensors below list its True entries row by row
     old_logprobs, advantages, old_values, returns = (
         table[rows][counts]
@@ -473,7 +497,8 @@ def token_losses(
 def total_loss(terms: Losses, kl_coef: float, config: PPOConfig) -> Float[Tensor, "*n"]:
     """What is minimised, a token or of sums over tokens: L_policy + c_V L_value - c_H entropy (+ β KL).
 
-    Source: Schulman et al. 2017, eq. 9.
+    Source: Schulman et al. 2017, eq. 9. Differs: minimised, so signs are turned around; the KL beside it, as in their
+    eq. 5, where it stands in the loss.
     """
     loss = terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
     return loss + kl_coef * terms.kl if config.kl_in != "reward" else loss
@@ -708,7 +733,7 @@ def train(
 
 def spread(n: int, count: int) -> list[int]:
     """At most `count` of n rows, evenly spread."""
-    return list(range(0, n, max(1, n // count)))[:count]
+    return [i * n // min(n, count) for i in range(min(n, count))]
 
 
 def shape_scores(

@@ -380,7 +380,7 @@ def cli(main: Callable[[Any], None], args_type: type, prog: str | None = None) -
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; a training script goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
 
 

@@ -991,6 +991,8 @@ def main(argv: Sequence[str]) -> int:
     by_name = {bug.name: bug for bug in BUGS}
     if unknown := [name for name in args.names if name not in by_name]:
         parser.error(f"there is no bug {unknown[0]!r}; there are {', '.join(by_name)}")
+    if theirs and not Path(theirs[0]).is_file():
+        parser.error(f"there is no script {theirs[0]!r}")
     if (args.test or theirs) and len(args.names) != 1:
         parser.error("one bug at a time")
     if (args.write or args.page) and (args.names or theirs):

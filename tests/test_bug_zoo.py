@@ -185,7 +185,8 @@ def test_a_script_can_be_run_with_a_bug(tmp_path, monkeypatch, capsys):
     [
         (["unicorn"], "there is no bug 'unicorn'; there are mask-off-by-one, "),
         (["--test"], "one bug at a time"),
-        (["ties-win", "kl-sign", "--", "train_ppo.py"], "one bug at a time"),
+        (["kl-sign", "--", "train_unicorn.py"], "there is no script 'train_unicorn.py'"),
+        (["ties-win", "kl-sign", "--", str(ROOT / "train_ppo.py")], "one bug at a time"),
         (["ties-win", "--write"], "--write and --page are for all bugs"),
         (["--page", "ties-win"], "--write and --page are for all bugs"),
     ],

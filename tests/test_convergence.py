@@ -85,7 +85,7 @@ def test_a_bound_that_is_missed_is_named(finished):
     lines = missed_bounds(report)
     assert len(lines) == 3
     assert lines[0].startswith("world 1: best of 4 has KL 9.0")
-    assert lines[1] == "world 3: DPO ends at 3.00% of the reference's regret"
+    assert lines[1] == "world 3: DPO ends at 3.00% of the reference's regret, bound 2%"
     assert lines[2].startswith("world 4: PPO, k1 in the reward ends at nan%")
 
 
@@ -104,10 +104,22 @@ def test_mistakes_are_one_line_and_code_2(arguments, message):
     assert done.stderr == f"error: {message}\n"
 
 
-def test_out_is_checked_before_anything_is_trained(tmp_path):
+def test_out_is_made_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(convergence, "closed_forms", lambda *_: pytest.fail("training began"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file"):
-        Args(out=tmp_path / "file")
+    with pytest.raises(InputError) as caught:
+        convergence.main(Args(out=tmp_path / "file" / "inside"))
+    assert str(caught.value).startswith(f"--out {tmp_path / 'file' / 'inside'} cannot be written (")
+    assert str(caught.value).endswith("; name another folder")
+
+
+def test_at_another_beta_the_table_is_there_and_no_bound_is_checked(tmp_path):
+    done = command("--worlds", "1", "--beta", "5", "--workers", "1", "--out", str(tmp_path / "new" / "report"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "new" / "report" / "exact.json").read_text())
+    assert report["bounds"] == {} and report["beta"] == 5.0
+    assert report["worlds"][0]["runs"]["ppo"]["curve"][-1]["kl"] < 0.1  # a nat is dear
+    assert "PPO, exact KL" in done.stdout
 
 
 def test_measures_of_a_policy_by_hand():

@@ -256,8 +256,17 @@ def test_looks_are_at_the_first_rollout_and_where_samples_are_shown(tiny_tokeniz
     assert "explain.html" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("n", "count", "rows"), [(8, 3, [0, 2, 4]), (8, 8, list(range(8))), (2, 3, [0, 1]),
-                                                  (128, 3, [0, 42, 84]), (5, 1, [0])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "count", "rows"),
+    [
+        (8, 3, [0, 2, 5]),
+        (8, 8, list(range(8))),
+        (2, 3, [0, 1]),
+        (128, 3, [0, 42, 85]),
+        (5, 1, [0]),
+        (10, 6, [0, 1, 3, 5, 6, 8]),
+    ],
+)
 def test_rows_are_spread(n, count, rows):
     assert spread(n, count) == rows
 
