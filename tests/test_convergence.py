@@ -114,7 +114,7 @@ def test_out_is_made_before_anything_is_trained(tmp_path, monkeypatch):
 
 
 def test_at_another_beta_the_table_is_there_and_no_bound_is_checked(tmp_path):
-    done = command("--worlds", "1", "--beta", "5", "--workers", "1", "--out", str(tmp_path / "new" / "report"))
+    done = command("--worlds", "1", "--beta", "5", "--out", str(tmp_path / "new" / "report"))
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "new" / "report" / "exact.json").read_text())
     assert report["bounds"] == {} and report["beta"] == 5.0
