@@ -44,8 +44,8 @@ def gradient(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
 
 
 def off(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest error, relative to the largest entry."""
-    return float((got - want).abs().max() / want.abs().max())
+    """The largest error, relative to the largest entry; of a gradient that is zero, to a millionth."""
+    return float((got - want).abs().max() / want.abs().max().clamp(min=1e-6))
 
 
 # --- the world by brute force -----------------------------------------------------------------------------------------
