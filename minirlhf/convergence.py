@@ -167,6 +167,7 @@ def closed_forms(seed: int, beta: float) -> dict[str, Any]:
     ref_logps = exact.log_probs(world, reference_of(world, seed)).double()
     best, _ = exact.optimum(ref_logps, world.rewards, beta)
     betas = torch.logspace(math.log10(8 * beta), math.log10(beta / 8), 41).tolist()
+    curve = exact.frontier(ref_logps, world.rewards, betas).tolist()
     everything = torch.ones_like(world.rewards, dtype=torch.bool)
     best_of = []
     for n in BEST_OF:
@@ -176,14 +177,10 @@ def closed_forms(seed: int, beta: float) -> dict[str, Any]:
         "seed": seed,
         "reference": measure(ref_logps, ref_logps, world, beta, seen_half(world, seed)),
         "optimum": measure(best, ref_logps, world, beta, seen_half(world, seed)),
-        "frontier": [{"beta": b, "kl": k, "reward": r} for b, (k, r) in zip(betas, _frontier(world, ref_logps, betas))],
+        "frontier": [{"beta": b, "kl": kl, "reward": reward} for b, (kl, reward) in zip(betas, curve)],
         "best_of_n": best_of,
         "runs": {},
     }
-
-
-def _frontier(world: World, ref_logps: Float[Tensor, "X K"], betas: list[float]) -> list[list[float]]:
-    return exact.frontier(ref_logps, world.rewards, betas).tolist()
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

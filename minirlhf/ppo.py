@@ -622,8 +622,8 @@ def train(
 
         # 2. Score: the reward reads the tokens that were drawn, or their text.
         asked = [TokenText(tokenizer.decode(p), p) for p in prompts]
-        rows = episodes.responses[mask].cpu().split(mask.sum(-1).tolist())
-        answered = [TokenText(tokenizer.decode(row), row) for row in (row.tolist() for row in rows)]
+        rows = [row.tolist() for row in episodes.responses[mask].cpu().split(mask.sum(-1).tolist())]
+        answered = [TokenText(tokenizer.decode(row), row) for row in rows]
         scores = score(reward, asked, answered).to(device)  # (B,)
         shaped_scores = shape_scores(scores, episodes.truncated, state, config)
 
