@@ -3,6 +3,7 @@
 PYTHON ?= python3
 SEED ?= 0
 RUNS ?= runs
+DTYPE ?= fp32
 BIN := .venv/bin
 
 .PHONY: install demo demo-rm demo-dpo test lint clean
@@ -34,11 +35,11 @@ endif
 
 # Each command is printed before it runs, so that you can run it alone afterwards.
 demo: install
-	$(BIN)/python train_sft.py --data helpdesk:corpus --lr 4e-3 $(PRETRAIN_ARGS) --out $(RUNS)/pretrain --seed $(SEED) --overwrite
-	$(BIN)/python train_sft.py --init $(RUNS)/pretrain $(SFT_ARGS) --out $(RUNS)/sft --seed $(SEED) --overwrite
+	$(BIN)/python train_sft.py --data helpdesk:corpus --lr 4e-3 $(PRETRAIN_ARGS) --out $(RUNS)/pretrain --dtype $(DTYPE) --seed $(SEED) --overwrite
+	$(BIN)/python train_sft.py --init $(RUNS)/pretrain $(SFT_ARGS) --out $(RUNS)/sft --dtype $(DTYPE) --seed $(SEED) --overwrite
 	$(MAKE) --no-print-directory -j2 demo-rm demo-dpo
 	@cat $(RUNS)/dpo.log
-	$(BIN)/python train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm $(PPO_ARGS) --out $(RUNS)/ppo --seed $(SEED) --overwrite
+	$(BIN)/python train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm $(PPO_ARGS) --out $(RUNS)/ppo --dtype $(DTYPE) --seed $(SEED) --overwrite
 	$(BIN)/python -m minirlhf.evaluate $(RUNS)/ppo $(RUNS)/dpo --baseline $(RUNS)/sft --reward $(RUNS)/rm $(EVALUATE_ARGS) --out $(RUNS)/report --seed $(SEED)
 
 # The reward model and DPO both start from the SFT model and need nothing of each other. Small tensors keep two threads
@@ -47,11 +48,11 @@ CORES := len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else o
 HALF = $(shell $(BIN)/python -c 'import os; print(max(1, ($(CORES)) // 2))')
 
 demo-rm: install
-	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_rm.py --init $(RUNS)/sft $(RM_ARGS) --out $(RUNS)/rm --seed $(SEED) --overwrite
+	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_rm.py --init $(RUNS)/sft $(RM_ARGS) --out $(RUNS)/rm --dtype $(DTYPE) --seed $(SEED) --overwrite
 
 demo-dpo: install
 	@mkdir -p $(RUNS)
-	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_dpo.py --init $(RUNS)/sft $(DPO_ARGS) --out $(RUNS)/dpo --seed $(SEED) --overwrite > $(RUNS)/dpo.log 2>&1 || { cat $(RUNS)/dpo.log; exit 1; }
+	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_dpo.py --init $(RUNS)/sft $(DPO_ARGS) --out $(RUNS)/dpo --dtype $(DTYPE) --seed $(SEED) --overwrite > $(RUNS)/dpo.log 2>&1 || { cat $(RUNS)/dpo.log; exit 1; }
 
 test: install
 	$(BIN)/python -m pytest

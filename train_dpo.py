@@ -14,7 +14,7 @@ from minirlhf.data import Ranking, expect, read_records, split_held_out
 from minirlhf.dpo import DPOConfig, train
 from minirlhf.generate import encode_prompt, sample_texts
 from minirlhf.model import clone
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device
+from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, prepare
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Args(RunArgs):
     data: str = "helpdesk"
     """A file of records, or helpdesk (the embedded world's rankings)."""
     init: str = "runs/sft"
-    """The policy to start from, which is also the reference."""
+    """The policy to start from, which is also the reference: a run, or GPT-2 (a folder, gpt2, ORG/NAME)."""
     config: DPOConfig = DPOConfig()
     n: int = 5000
     """Rankings drawn from the embedded world."""
@@ -47,6 +47,7 @@ def main(args: Args) -> None:
     policy, tokenizer = load_run(args.init, device=pick_device(args.device))
     ref = clone(policy)
     policy.train()
+    prepare(args, policy, ref)
 
     metrics = train(
         policy, ref, rankings, held_out, tokenizer, args.config, run,

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from minirlhf import InputError, helpdesk
+from minirlhf import InputError, fits, helpdesk
 from minirlhf.data import Text, read_records
 from minirlhf.generate import encode_prompt
 from minirlhf.model import GPT, ScalarModel, clone
 from minirlhf.ppo import PPOConfig, parse_range, train
 from minirlhf.rewards import GoldJudge, Reward, RewardModelScorer, load_reward
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, seeded
+from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, prepare, seeded
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -34,7 +34,7 @@ class Args(RunArgs):
     prompts: str = "helpdesk"
     """A file of records, whose prompts are used, or helpdesk."""
     init: str = "runs/sft"
-    """The policy to start from, which is also the reference."""
+    """The policy to start from, which is also the reference: a run, or GPT-2 (a folder, gpt2, ORG/NAME)."""
     reward: str = "runs/rm"
     """runs/rm (a reward model's folder), gold, pkg.module:function, or hf:DIR (a text classifier)."""
     config: PPOConfig = PPOConfig()
@@ -81,9 +81,11 @@ def main(args: Args) -> None:
     gold = GoldJudge() if args.prompts == "helpdesk" and args.reward != "gold" else None
 
     console.print(f"{len(prompts):,} prompts of {args.prompts}, reward {reward.name}")
+    prepare(args, policy, ref, critic)
+    say_fit(args, policy, critic, [ref, reward.model] if isinstance(reward, RewardModelScorer) else [ref], prompts)
     train(
         policy, ref, critic, reward, lambda step: prompts_at(args, prompts, step), tokenizer, args.config, run,
-        seed=args.seed, gold=gold, dtype=args.dtype, kernel=args.kernel, explain=args.explain,
+        seed=args.seed, gold=gold, dtype=args.dtype, kernel=args.kernel, compile=args.compile, explain=args.explain,
     )  # fmt: skip
     run.finish(policy, tokenizer)
 
@@ -136,6 +138,19 @@ def require_room(args: Args, prompts: list[list[int]], reward: Reward) -> None:
             f"{args.reward}: this reward model reads {context} tokens, too few for a prompt of {prompt} and a response "
             f"of {response}; lower --response-tokens, shorten the prompts, or train it with a longer context"
         )
+
+
+def say_fit(args: Args, policy: GPT, critic: ScalarModel, frozen: list, prompts: list[list[int]]) -> None:
+    """What the run will take where every prompt and every response is as long as the longest may be."""
+    config = args.config
+    response, longest = config.response_range[1], max(map(len, prompts))
+    if args.prompt_tokens is not None:
+        longest = min(longest, parse_range("--prompt-tokens", args.prompt_tokens)[1])
+    rows = min(config.microbatch_size or config.batch_size, config.batch_size // config.minibatches)
+    shape = fits.Shape(rows, longest + response, rows * response)
+    tokens = config.batch_size * (longest + response)
+    found = fits.estimate([policy, critic], frozen, [shape], tokens, args.dtype, args.kernel)
+    fits.say(found, rows * shape.width)
 
 
 def prompts_at(args: Args, prompts: list[list[int]], step: int) -> list[list[int]]:

@@ -8,14 +8,15 @@ or {"text", "label"} (every text labelled 1 is preferred to every text labelled 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf import helpdesk
+from minirlhf import fits, helpdesk
 from minirlhf.data import Ranking, Text, expect, labelled_pairs, read_records, split_held_out
 from minirlhf.model import ScalarModel, init_head
-from minirlhf.reward_model import RewardModelConfig, batches, train
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, seeded
+from minirlhf.reward_model import Rankings, RewardModelConfig, batches, train
+from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, prepare, seeded
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Args(RunArgs):
     data: str = "helpdesk"
     """A file of records, or helpdesk (the embedded world's rankings)."""
     init: str = "runs/sft"
-    """The run, or GPT-2 folder, whose trunk is trained on."""
+    """The run, or GPT-2 (a folder, gpt2, ORG/NAME), whose trunk is trained on."""
     config: RewardModelConfig = RewardModelConfig()
     n: int = 6600
     """Rankings drawn from the embedded world; pairs drawn from labelled texts are twice the larger class."""
@@ -54,6 +55,8 @@ def main(args: Args) -> None:
         rankings, held_out, tokenizer, model.config.n_positions, args.config, args.seed
     )
     console.print(f"{len(rankings):,} rankings of {args.data}, {len(held_out):,} held out")
+    prepare(args, model)
+    say_fit(args, model, batch_at)
     metrics = train(model, batch_at, held_out_batches, args.config, run, dtype=args.dtype, kernel=args.kernel)
     if metrics.get("held_out_accuracy", math.nan) >= 0:  # NaN: no pair held out is strictly ordered
         note = f"  held-out pair accuracy {metrics['held_out_accuracy']:.3f}"
@@ -61,6 +64,16 @@ def main(args: Args) -> None:
             note += f"; a perfect judge, given the annotators' noise: {helpdesk.noise_ceiling(held_out):.3f}"
         console.print(note)
     run.finish(model, tokenizer)
+
+
+def say_fit(args: Args, model: ScalarModel, batch_at: Callable[[int], list[Rankings]]) -> None:
+    """What the run will take, from some of its batches."""
+    steps = range(0, args.config.steps, max(1, args.config.steps // 16))
+    pieces = [piece.packed for step in steps for piece in batch_at(step)]
+    head = bool(args.config.sft_coef)  # at most every token of a response goes through it
+    shapes = [fits.Shape(*packed.tokens.shape, head * len(packed.targets)) for packed in pieces]
+    tokens = sum(packed.tokens.numel() for packed in pieces) // len(steps)
+    fits.say(fits.estimate([model], [], shapes, tokens, args.dtype, args.kernel), max(s.rows * s.width for s in shapes))
 
 
 def read_data(args: Args) -> tuple[list[Ranking], list[Ranking]]:

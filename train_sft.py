@@ -3,20 +3,22 @@
     python train_sft.py                                                   the embedded help desk
     python train_sft.py --data book.txt --out runs/book                   pre-train on your text
     python train_sft.py --data mine.jsonl --init runs/book --out runs/mine    then fine-tune on your demonstrations
+    python train_sft.py --data mine.jsonl --init gpt2 --out runs/mine     or fine-tune OpenAI's GPT-2 on them
 
 Records: {"text"} counts every token, {"prompt", "response"} and {"messages"} count the response; of rankings and pairs,
 the best response is learnt.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf import helpdesk
-from minirlhf.data import Demonstration, Ranking, Text, expect, read_records
+from minirlhf import fits, helpdesk
+from minirlhf.data import Batch, Demonstration, Ranking, Text, expect, read_records
 from minirlhf.generate import encode_prompt, sample_texts
 from minirlhf.model import GPT, GPTConfig, init_weights
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device
-from minirlhf.sft import SFTConfig, batches, train
+from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, prepare
+from minirlhf.sft import SFTConfig, batches, counted, microbatches, train
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -29,8 +31,8 @@ class Args(RunArgs):
     data: str = "helpdesk"
     """A file of records; helpdesk (the embedded world's demonstrations) or helpdesk:corpus (its plain text)."""
     init: str | None = None
-    """Start from this run, or any folder in Hugging Face's GPT-2 format. Without it: fresh weights; for helpdesk,
-    runs/pretrain."""
+    """Start from this run, any folder in Hugging Face's GPT-2 format, or a model of their hub: gpt2, gpt2-medium,
+    gpt2-large, gpt2-xl, distilgpt2 or ORG/NAME. Without it: fresh weights; for helpdesk, runs/pretrain."""
     config: SFTConfig = SFTConfig()
     n: int = 8000
     """Records drawn from the embedded world."""
@@ -74,8 +76,9 @@ def main(args: Args) -> None:
     model.train()
 
     batch_at, held_out = batches(records, tokenizer, model.config.n_positions, args.config, args.seed)
-    parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"{parameters:,} parameters, {len(records):,} records of {args.data}")
+    console.print(f"{len(records):,} records of {args.data}")
+    prepare(args, model)
+    say_fit(args, model, batch_at)
     metrics = train(model, batch_at, held_out, args.config, run, dtype=args.dtype, kernel=args.kernel)
     if "held_out_loss" in metrics:
         console.print(
@@ -93,6 +96,18 @@ def main(args: Args) -> None:
     )
     run.samples(args.config.steps, [{"prompt": p, "response": tokenizer.decode(r)} for p, r in zip(prompts, drawn)])
     run.finish(model, tokenizer)
+
+
+def say_fit(args: Args, model: GPT, batch_at: Callable[[int], Batch]) -> None:
+    """What the run will take, from some of its batches."""
+    some = [batch_at(step) for step in range(0, args.config.steps, max(1, args.config.steps // 16))]
+    shapes = [
+        fits.Shape(*piece.tokens.shape, counted(piece))
+        for batch in some
+        for piece in microbatches(batch, args.config.microbatch_size)
+    ]
+    tokens = sum(batch.tokens.numel() for batch in some) // len(some)
+    fits.say(fits.estimate([model], [], shapes, tokens, args.dtype, args.kernel), max(s.rows * s.width for s in shapes))
 
 
 def read_data(args: Args) -> list[Text] | list[Demonstration]:

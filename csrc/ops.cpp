@@ -24,6 +24,13 @@ TORCH_LIBRARY(minirlhf, m) {
         "ScalarType dtype) -> (Tensor stats, Tensor saved)");
   m.def("token_stats_gradient_(Tensor(a!) logits, Tensor(b!)? ref_logits, Tensor grad_stats, Tensor targets, "
         "Tensor saved, int first_column, float temperature, int ignore_index, bool policy_grad, bool ref_grad) -> ()");
+
+  // The network's activation, on the CPU only: its own in torch is a fifth of a training step there.
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
+
+  // Attention of a new token a row over what is kept of those before it, and keeping it too. On the CPU only.
+  m.def("decode_attention_(Tensor(a!) store, Tensor qkv, Tensor positions) -> Tensor");
 }
 
 namespace {

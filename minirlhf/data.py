@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -555,6 +556,11 @@ class Packed(NamedTuple):
         """Counted tokens of each response."""
         return self.owners.bincount(minlength=len(self.ends))
 
+    def counting(self, which: Bool[Tensor, " N"]) -> Packed:
+        """The same layout, in which the tokens of some responses count and those of the others do not."""
+        kept = which[self.owners]
+        return self._replace(predictors=self.predictors[kept], targets=self.targets[kept], owners=self.owners[kept])
+
 
 def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
     """Lay out each group of examples in one row: their common beginning, then the rest of each, one after another.
@@ -566,7 +572,8 @@ def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
         groups: B groups of examples, N in all, usually responses to one prompt.
         fill: id for the padding on the right.
     """
-    rows, ends, counted = [], [], []
+    rows, ends = [], []
+    of_row, before, targets, owners = [], [], [], []  # of each counted token
     for b, group in enumerate(groups):
         sequences = [example.tokens for example in group]
         # Each keeps a last token of its own, even one with which another goes on.
@@ -576,22 +583,22 @@ def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
         for k, (sequence, example) in enumerate(zip(sequences, group), start=1):
             skipped = len(tokens) - shared  # from a token's place in its own sequence to its place in the row
             first, last = max(example.start, 1) - 1, len(sequence) - 1  # nothing predicts a first token
-            before = [*range(first, shared), *range(max(first, shared) + skipped, last + skipped)]
-            counted += zip(itertools.repeat(b), before, sequence[first + 1 :], itertools.repeat(len(ends)))
+            before += [*range(first, shared), *range(max(first, shared) + skipped, last + skipped)]
+            targets += sequence[first + 1 :]
+            of_row += [b] * (last - first)
+            owners += [len(ends)] * (last - first)
             tokens = tokens + sequence[shared:]
             positions += range(shared, len(sequence))
             part += [k] * (len(sequence) - shared)
             ends.append((b, len(tokens) - 1))
         rows.append((tokens, positions, part))
     width = max(len(tokens) for tokens, _, _ in rows)
-    tokens, positions, part = (
-        torch.tensor([values + [blank] * (width - len(values)) for values in column])  # (B, T)
-        for column, blank in zip(zip(*rows), (fill, 0, -1))
-    )
+    padded = [[*values, *[blank] * (width - len(values))] for row in rows for values, blank in zip(row, (fill, 0, -1))]
+    tokens, positions, part = torch.from_numpy(np.array(padded, np.int64)).view(len(rows), 3, width).unbind(1)  # (B, T)
     looks = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
     ends = torch.tensor([b * width + t for b, t in ends])
-    b, before, targets, owners = torch.tensor(counted).reshape(-1, 4).unbind(-1)
-    return Packed(tokens, positions, looks.tril()[:, None], ends, b * width + before, targets, owners)
+    of_row, before, targets, owners = torch.from_numpy(np.array([of_row, before, targets, owners], np.int64))
+    return Packed(tokens, positions, looks.tril()[:, None], ends, of_row * width + before, targets, owners)
 
 
 def packed_length(group: Sequence[Example]) -> int:

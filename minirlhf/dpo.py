@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minirlhf import InputError
+from minirlhf import InputError, fits
 from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack, packed_length
 from minirlhf.model import GPT, adamw, packed_logps
 from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
@@ -150,8 +150,9 @@ def chosen_nll(chosen_logps: Float[Tensor, " B"], lengths: Int[Tensor, " B"]) ->
 
 def response_logps(model: GPT, packed: Packed, average: bool = False, kernel: str = "auto") -> Float[Tensor, " N"]:
     """log π(y|x) of N packed responses, in nats; with `average`, nats a token."""
-    tokens, positions, attend = (part.to(model.wte.weight.device) for part in packed[:3])
-    total = packed_logps(model, model(tokens, positions=positions, attend=attend), packed, kernel=kernel)
+    tokens, positions, attend, at = (part.to(model.wte.weight.device) for part in (*packed[:3], packed.predictors))
+    states = model(tokens, positions=positions, attend=attend, at=at)  # (M, D)
+    total = packed_logps(model, states, packed, kernel=kernel)
     return total / packed.lengths.to(total.device) if average else total
 
 
@@ -308,6 +309,8 @@ def train(
         console.print(f"{cut + cut_rest:,} of these were longer than {context} tokens and were cut")
     data = with_reference(ref, records, tokenizer.eot, size, config.average, dtype, kernel)
     rest_data = with_reference(ref, rest, tokenizer.eot, size, config.average, dtype, kernel)
+    some = [[place[i] for i in drawn(step)] for step in range(0, config.steps, max(1, config.steps // 16))]
+    say_fit(model, ref, records, some, size, dtype, kernel)
     optimizer = adamw(model, config.lr, config.weight_decay)
     start = run.restore(model=model, optimizer=optimizer)
     metrics: dict[str, float] = {}
@@ -315,11 +318,11 @@ def train(
     for step in run.range(start):
         lr = cosine_lr(step, config.steps, config.lr, config.warmup_steps)
         set_lr(optimizer, lr)
-        chosen = sorted((place[i] for i in drawn(step)), key=lambda i: packed_length(records[i].examples))
+        chosen = [place[i] for i in drawn(step)]
         pairs = sum(len(records[i].pairs) for i in chosen)
         metrics = {}
-        for begin in range(0, len(chosen), size):
-            batch = collate_records(data, chosen[begin : begin + size], tokenizer.eot)
+        for index in by_length([records[i] for i in chosen], size):
+            batch = collate_records(data, [chosen[i] for i in index], tokenizer.eot)
             with autocast(device, dtype):
                 losses, seen_now = pair_metrics(model, data, batch, config, kernel)
             (losses.sum() / pairs).backward()
@@ -337,6 +340,20 @@ def train(
         run.log(step, metrics, show=("loss", "accuracy", "margin"))
         run.checkpoint(step + 1, model=model, optimizer=optimizer)
     return metrics
+
+
+def say_fit(
+    model: GPT, ref: GPT, records: Sequence[Compared], steps: list[list[int]], size: int, dtype: str, kernel: str
+) -> None:
+    """What the run will take, from the records of some of its steps."""
+    shapes = []
+    for chosen in ([records[i].examples for i in step] for step in steps):
+        chosen.sort(key=packed_length)
+        for rows in (chosen[i : i + size] for i in range(0, len(chosen), size)):
+            responses = sum(len(example.tokens) - example.start for row in rows for example in row)
+            shapes.append(fits.Shape(len(rows), max(map(packed_length, rows)), responses))
+    tokens = sum(shape.rows * shape.width for shape in shapes) // len(steps)
+    fits.say(fits.estimate([model], [ref], shapes, tokens, dtype, kernel), max(s.rows * s.width for s in shapes))
 
 
 def held_out_metrics(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from minirlhf import InputError, helpdesk
 from minirlhf.data import Demonstration, Example, Prompt, Ranking, Text, collate, expect, read_records, write_records
-from minirlhf.generate import Sampling, encode_prompt, generate
+from minirlhf.generate import encode_prompt, sample
 from minirlhf.model import GPT, response_stats, scatter_counted
 from minirlhf.rewards import TokenText, load_reward, score
 from minirlhf.runs import (
@@ -37,12 +37,14 @@ from minirlhf.runs import (
     cli,
     console,
     load_run,
+    mix,
     pick_device,
     require_same_tokenizer,
     seeded,
     show_samples,
     write_text,
 )
+from minirlhf.sampling import Sampling
 from minirlhf.token_stats import Kernel
 from minirlhf.tokenizer import Tokenizer
 
@@ -150,7 +152,7 @@ class Args:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Runs to compare; without any, runs/ppo and runs/dpo, and runs/rm as the reward."""
     baseline: Path = Path("runs/sft")
-    """The run they started from."""
+    """The run they started from, or GPT-2 (a folder, gpt2, ORG/NAME)."""
     out: Path = Path("runs/report")
     """Folder of the report; an older report in it is replaced."""
     prompts: str = "helpdesk"
@@ -307,20 +309,17 @@ def _read_prompts(args: Args, tokenizer: Tokenizer, context: int) -> list[TokenT
 
 
 def _sample(model: GPT, tokenizer: Tokenizer, prompts: list[TokenText], args: Args, row: int) -> list[TokenText]:
-    responses = []
-    for start in range(0, len(prompts), args.batch_size):
-        drawn = generate(
-            model,
-            [prompt.tokens for prompt in prompts[start : start + args.batch_size]],
-            tokenizer.eot,
-            args.max_new_tokens,
-            seeded(args.seed, row, start, device=model.wte.weight.device),
-            Sampling(temperature=args.temperature),
-            args.kernel,
-        )
-        tokens = [own[keep].tolist() for own, keep in zip(drawn.responses.cpu(), drawn.mask.cpu())]
-        responses += [TokenText(tokenizer.decode(own), own) for own in tokens]
-    return responses
+    drawn = sample(
+        model,
+        [prompt.tokens for prompt in prompts],
+        tokenizer.eot,
+        args.max_new_tokens,
+        mix(args.seed, row),
+        Sampling(temperature=args.temperature),
+        args.batch_size,
+        args.kernel,
+    )
+    return [TokenText(tokenizer.decode(response.tokens), response.tokens) for response in drawn]
 
 
 def _measure(run: Outcome, baseline: Outcome, eot: int, seed: int) -> dict[str, float | None]:

@@ -334,11 +334,12 @@ class ExactCritic(ScalarModel):
                 self.table[(*prompt, *response[:t])] = float(values[row, t])
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None, **layout: Tensor
-    ) -> Float[Tensor, "B T"]:
+        self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None, at: Tensor | None = None
+    ) -> Float[Tensor, "B T"] | Float[Tensor, " N"]:
         """V at every position, 0 where no response can have begun or gone on; float64, without a gradient."""
         known = [[self.table.get(tuple(row[: t + 1]), 0.0) for t in range(len(row))] for row in tokens.tolist()]
-        return torch.tensor(known, dtype=torch.float64, device=tokens.device)
+        values = torch.tensor(known, dtype=torch.float64, device=tokens.device)
+        return values if at is None else values.flatten()[at]
 
 
 # --- what people would say --------------------------------------------------------------------------------------------

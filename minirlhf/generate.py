@@ -1,15 +1,17 @@
-"""Sampling from a policy with a KV cache: PPO's rollouts, the evaluation's responses, and a command line.
+"""Sampling from a policy: PPO's rollouts, the evaluation's responses, and a command line.
 
 python -m minirlhf.generate runs/ppo --prompt "Customer: My order hasn't arrived. What should I do?\\nAgent:"
 python -m minirlhf.generate runs/ppo --prompts prompts.jsonl --out responses.jsonl
 """
 
+import codecs
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -17,31 +19,18 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf import InputError
-from minirlhf.data import read_records, write_records
-from minirlhf.model import GPT, KVCache
-from minirlhf.runs import check_at_least, check_kernel, check_positive, cli, load_run, pick_device, seeded
+from minirlhf.beam import beam_search
+from minirlhf.data import Demonstration, expect, read_records, write_records
+from minirlhf.decode import check_context, decoder_for
+from minirlhf.model import GPT
+from minirlhf.runs import check_compiler, check_kernel, check_positive, cli, load_run, mix, pick_device
+from minirlhf.sampling import Sampling, draw, tokens_seen, uniforms
 from minirlhf.token_stats import token_stats
+from minirlhf.tokenizer import Tokenizer
 
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # steps between two looks at who is done, for which a GPU has to be waited for
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the most likely token."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the fewest tokens whose probability reaches p (nucleus sampling); 1 keeps all."""
-    min_new_tokens: int = 0
-    """No end-of-text before this many tokens."""
-
-    def __post_init__(self):
-        check_at_least(0, temperature=self.temperature, top_k=self.top_k, min_new_tokens=self.min_new_tokens)
-        if self.temperature == float("inf"):
-            raise InputError("--temperature must be a number, got inf")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p must lie above 0 and at most at 1, got {self.top_p}")
+Watch = Callable[[int, list[int]], bool]
 
 
 class Generation(NamedTuple):
@@ -49,8 +38,9 @@ class Generation(NamedTuple):
 
     responses: Int[Tensor, "B R"]
     mask: Bool[Tensor, "B R"]  # True up to and including the end-of-text token that was drawn
-    logprobs: Float[Tensor, "B R"]  # of the token drawn, under the temperature, before top-k and top-p; 0 at padding
-    truncated: Bool[Tensor, " B"]  # True where the limit came before end-of-text
+    logprobs: Float[Tensor, "B R"]  # of the token drawn, under the temperature and nothing else; 0 at padding
+    truncated: Bool[Tensor, " B"]  # True where the limit came before end-of-text, or before what `watch` waits for
+    entropy: Float[Tensor, "B R"] | None = None  # of the distribution that logprobs are of; 0 at padding
 
 
 @torch.no_grad()
@@ -59,25 +49,36 @@ def generate(
     prompts: Sequence[Sequence[int]],
     eot: int,
     max_new_tokens: int | Sequence[int],
-    generator: torch.Generator,
+    seed: int | Sequence[int],
     sampling: Sampling | None = None,
     kernel: str = "auto",
+    *,
+    entropy: bool = False,
+    watch: Watch | None = None,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    compile: bool = False,
 ) -> Generation:
     """Draw one response to each prompt.
 
     The log-probs are the policy's own at the sampling temperature, log softmax(logits / T) of the token drawn: what
     PPO's ratio divides by. (At temperature 0 the token is the most likely one and T = 1 is used.) They describe the
-    distribution sampled from only when nothing is cut away from it, which is why PPO refuses top-k, top-p and a
-    minimum length.
+    distribution sampled from only when nothing is cut away from it and nothing penalised, which is why PPO takes no
+    option but the temperature.
+
+    What a row is answered depends on its prompt, limit and seed; not, but for rounding, on the rows beside it.
 
     Args:
         model: the policy.
         prompts: B lists of token ids, of any lengths.
         eot: id of end-of-text, which ends a response and belongs to it.
         max_new_tokens: the limit, one for all or one a row.
-        generator: where the randomness comes from.
-        sampling: temperature, top-k, top-p, minimum length.
+        seed: one a row; or one for all, of which row i gets mix(seed, i).
+        sampling: temperature, penalties, what is cut away.
         kernel: which `token_stats`.
+        entropy: whether to return it, too.
+        watch: called after each token with the row and its response so far; True ends the response there.
+        dtype: of the matrix products: "fp32" takes the weights as they are, "bf16" rounds them.
+        compile: whether the steps go through torch.compile.
 
     Returns:
         `Generation`, with R the longest response.
@@ -86,86 +87,125 @@ def generate(
         InputError: a prompt and its limit exceed the context.
     """
     sampling = Sampling() if sampling is None else sampling
-    device, context = model.wte.weight.device, model.config.n_positions
-    B, P = len(prompts), max(len(prompt) for prompt in prompts)
+    device, B = model.wte.weight.device, len(prompts)
     limits = [max_new_tokens] * B if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    for prompt, limit in zip(prompts, limits):
-        if len(prompt) + limit > context:
-            raise InputError(
-                f"a prompt of {len(prompt)} tokens and {limit} new ones exceed the model's context of {context}; "
-                "shorten the prompt or the response"
-            )
+    seeds = [mix(seed, row) for row in range(B)] if isinstance(seed, int) else list(seed)
+    if not B == len(limits) == len(seeds):
+        raise ValueError(f"{B} prompts want as many limits and seeds, got {len(limits)} and {len(seeds)}")
+    check_context(model, prompts, limits)
 
-    # Prompts are padded on the left, so that every row draws its next token in the same column.
-    tokens = torch.tensor([[eot] * (P - len(p)) + list(p) for p in prompts], device=device)  # (B, P)
-    mask = torch.tensor([[False] * (P - len(p)) + [True] * len(p) for p in prompts], device=device)
-    limit = torch.tensor(limits, device=device)
-    R = int(limit.max())
-    responses = torch.full((B, R), eot, device=device)
-    response_mask = torch.zeros(B, R, dtype=torch.bool, device=device)
-    logprobs = torch.zeros(B, R, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)  # end-of-text was drawn
+    # From here on, row i answers prompt live[i]: those of like length side by side, and later only those not done.
+    live, R = sorted(range(B), key=lambda row: len(prompts[row])), max(limits)
+    ordered = [prompts[row] for row in live]
+    u = uniforms([seeds[row] for row in live], R, device)  # (B, R)
+    limit = torch.tensor([limits[row] for row in live], device=device)
+    done = torch.zeros(B, dtype=torch.bool, device=device)
+    seen = tokens_seen(ordered, model.config.vocab_size, device) if sampling.repetition_penalty != 1 else None
+    watched: dict[int, list[int]] = {row: [] for row in live} if watch is not None else {}  # rows not done, by prompt
+    stopped: dict[int, int] = {}  # responses that `watch` ended, and their lengths
 
-    cache = KVCache(model.config, B, P + R, device, next(model.parameters()).dtype)
-    hidden = model(tokens, mask, cache)[:, -1]  # (B, D)
-    for t in range(R):
-        logits = model.logits(hidden).float()  # (B, V)
-        drawn = draw(logits, sampling, generator, forbid=eot if t < sampling.min_new_tokens else None)  # (B,)
-        active = ~ended & (t < limit)
-        stats = token_stats(logits, drawn, temperature=sampling.temperature or 1.0, kernel=kernel)
-        responses[:, t] = torch.where(active, drawn, eot)
-        response_mask[:, t] = active
-        logprobs[:, t] = torch.where(active, stats.logprobs, 0.0)
-        ended |= active & (drawn == eot)
-        goes_on = ~ended & (t + 1 < limit)
-        if not goes_on.any():
-            break
-        # Rows that are done get padding, which takes no position: a long prompt may stand beside a long response.
-        hidden = model(responses[:, t : t + 1], goes_on[:, None], cache)[:, -1]
-    R = int(response_mask.sum(-1).max())
-    return Generation(responses[:, :R], response_mask[:, :R], logprobs[:, :R], ~ended)
+    wide = torch.float64 if model.wte.weight.dtype == torch.float64 else torch.float32
+    tables = [torch.full((B, R), eot, device=device)]  # tokens, log-probs, entropy
+    tables += [torch.zeros(B, R, dtype=wide, device=device) for _ in range(2 if entropy else 1)]
+    drawn: list[tuple[Tensor, ...]] = []  # columns that are not in the tables yet
+
+    def settle(t: int) -> None:
+        """Put the columns up to step t into the tables."""
+        for table, columns in zip(tables, zip(*drawn)):
+            table[live, t - len(drawn) : t] = torch.stack(columns, dim=1)
+        drawn.clear()
+
+    with decoder_for(model, dtype, compile) as decoder:
+        logits = decoder.start(model, ordered, [len(prompts[row]) + limits[row] for row in live], kernel)  # (B, V)
+        for t in range(R):
+            tokens = draw(logits, sampling, u[:, t], eot if t < sampling.min_new_tokens else None, seen)  # (B,)
+            stats = token_stats(logits, tokens, temperature=sampling.temperature or 1.0, kernel=kernel)
+            drawn.append((tokens, stats.logprobs, stats.entropy))
+            done = done | (tokens == eot) | (limit <= t + 1)
+            if seen is not None:
+                seen.scatter_(1, tokens[:, None], True)
+            if watch is not None:
+                for i, (token, over) in enumerate(zip(tokens.tolist(), done.tolist())):
+                    if live[i] not in watched:
+                        continue
+                    watched[live[i]].append(token)
+                    if watch(live[i], list(watched[live[i]])):
+                        stopped[live[i]], done[i], over = t + 1, True, True
+                    if over:
+                        del watched[live[i]]
+            if t + 1 == R:
+                break
+            if (t + 1) % LOOK_EVERY[device.type] == 0:
+                going = (~done).tolist()
+                if not any(going):
+                    break
+                if decoder.too_wide_for(sum(going)):
+                    settle(t + 1)
+                    places = _close_ranks(going)
+                    moved = [i for i, source in enumerate(places) if i != source]
+                    to, source = (torch.tensor(x, device=device) for x in (moved, [places[i] for i in moved]))
+                    decoder.move(to.long(), source.long(), len(places))
+                    live, index = [live[i] for i in places], torch.tensor(places, device=device)
+                    tokens, u, limit, done = (x[index] for x in (tokens, u, limit, done))
+                    seen = None if seen is None else seen[index]
+            logits = decoder.step(tokens)
+        settle(t + 1)
+
+    # A row may have been computed beyond its end.
+    responses = tables[0]
+    columns = torch.arange(R, device=device)
+    end = torch.where(responses == eot, columns + 1, R + 1).amin(-1)  # (B,), with its end-of-text
+    last = torch.tensor([stopped.get(row, limits[row]) for row in range(B)], device=device)
+    mask = columns < torch.minimum(end, last)[:, None]
+    cut_off = (end > last) & torch.tensor([row not in stopped for row in range(B)], device=device)
+    R = int(mask.sum(-1).max())
+    responses, *numbers = (torch.where(mask, table, fill)[:, :R] for table, fill in zip(tables, (eot, 0.0, 0.0)))
+    return Generation(responses, mask[:, :R], numbers[0], cut_off, numbers[1] if entropy else None)
 
 
-def draw(
-    logits: Float[Tensor, "B V"], sampling: Sampling, generator: torch.Generator, forbid: int | None = None
-) -> Int[Tensor, " B"]:
-    """Draw one token a row from softmax(logits / T), cut to top-k and top-p: (B, V) -> (B,).
-
-    A draw is the first token whose cumulative probability exceeds u ~ U[0, 1): one random number a row, whatever V.
-    Source: top-k, Fan et al. 2018, section 3.3; top-p, Holtzman et al. 2020, section 3.1.
-
-    Args:
-        logits: (B, V), before temperature.
-        sampling: temperature, top-k, top-p.
-        generator: on the logits' device.
-        forbid: a token that may not be drawn.
-    """
-    if forbid is not None:
-        logits = logits.index_fill(-1, torch.tensor([forbid], device=logits.device), float("-inf"))
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    p = torch.softmax(cut(logits / sampling.temperature, sampling.top_k, sampling.top_p).double(), dim=-1)
-    total = p.cumsum(-1)  # (B, V); its end, not 1, is the scale, so that rounding can leave no u beyond the last token
-    u = torch.rand(len(p), 1, generator=generator, device=p.device, dtype=p.dtype) * total[:, -1:]
-    return torch.searchsorted(total, u, right=True).squeeze(-1)  # equal sums, tokens of probability 0, are passed over
+def _close_ranks(going: Sequence[bool]) -> list[int]:
+    """Which row comes to each place: whoever goes on stays, and the last ones fill the gaps."""
+    n = sum(going)
+    last = (i for i in range(n, len(going)) if going[i])
+    return [i if going[i] else next(last) for i in range(n)]
 
 
-def cut(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1.0) -> Float[Tensor, "B V"]:
-    """Mask with -inf what top-k and then top-p leave out; at least one token stays in each row."""
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p < 1.0:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        p = torch.softmax(ordered, dim=-1)
-        outside = p.cumsum(-1) - p >= top_p  # the mass before a token already reaches p
-        logits = logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), float("-inf"))
-    return logits
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """One response as it was drawn."""
+
+    tokens: list[int]  # with end-of-text, where it was drawn
+    logprobs: list[float]
+
+
+def sample(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    eot: int,
+    max_new_tokens: int,
+    seed: int,
+    sampling: Sampling | None = None,
+    batch_size: int = 64,
+    kernel: str = "auto",
+    **options: Any,
+) -> list[Drawn]:
+    """`generate` in batches, whose size changes nothing: the response to prompt i is drawn with mix(seed, i)."""
+    responses = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        seeds = [mix(seed, start + row) for row in range(len(batch))]
+        drawn = generate(model, batch, eot, max_new_tokens, seeds, sampling, kernel, **options)
+        lengths = drawn.mask.sum(-1).tolist()
+        for tokens, logprobs, n in zip(drawn.responses.tolist(), drawn.logprobs.tolist(), lengths):
+            responses.append(Drawn(tokens[:n], logprobs[:n]))
+    return responses
 
 
 def sample_texts(
     model: GPT,
-    tokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int,
     seed: int,
@@ -173,19 +213,61 @@ def sample_texts(
     batch_size: int = 64,
     kernel: str = "auto",
 ) -> list[list[int]]:
-    """Responses to texts as token ids (end-of-text included where it was drawn), in batches of `batch_size`."""
-    responses = []
-    for start in range(0, len(prompts), batch_size):
-        batch = [encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + batch_size]]
-        generator = seeded(seed, start, device=model.wte.weight.device)
-        drawn = generate(model, batch, tokenizer.eot, max_new_tokens, generator, sampling, kernel)
-        responses += [row[keep].tolist() for row, keep in zip(drawn.responses.cpu(), drawn.mask.cpu())]
-    return responses
+    """Responses to texts as token ids (end-of-text included where it was drawn)."""
+    tokens = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    drawn = sample(model, tokens, tokenizer.eot, max_new_tokens, seed, sampling, batch_size, kernel)
+    return [response.tokens for response in drawn]
 
 
-def encode_prompt(tokenizer, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Token ids of a prompt; an empty one is end-of-text, which also begins every document of pre-training."""
     return tokenizer.encode(prompt) or [tokenizer.eot]
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
+    return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
+
+
+def stop_watch(tokenizer: Tokenizer, stops: Sequence[str]) -> Watch:
+    """Ends a response once its text holds one of these, whatever tokens it is spelled with."""
+    spelled = [stop.encode() for stop in stops]  # bytes: half a character is not yet the sign for a broken one
+    tail = max(map(len, spelled))  # a token has a byte or more: no stop string starts further back
+
+    def watch(row: int, tokens: list[int]) -> bool:
+        text = tokenizer.encoding.decode_bytes([token for token in tokens[-tail:] if token != tokenizer.eot])
+        return any(stop in text for stop in spelled)
+
+    return watch
+
+
+class Stream:
+    """Writes a response while it is drawn: whole characters, and nothing that may yet become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], write: Callable[[str], Any]):
+        self.tokenizer, self.stops, self.write = tokenizer, stops, write
+        self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""  # decoded and not written
+
+    def __call__(self, row: int, tokens: list[int]) -> bool:
+        if tokens[-1] != self.tokenizer.eot:
+            new = self.tokenizer.encoding.decode_single_token_bytes(tokens[-1])
+            self.held += self.characters.decode(new)
+        before = cut_at(self.held, self.stops)
+        stop = before != self.held
+        if not stop:  # the longest end that begins a stop string is held back
+            held = (n for s in self.stops for n in range(1, len(s)) if self.held.endswith(s[:n]))
+            before = self.held[: len(self.held) - max(held, default=0)]
+        self.write(before)
+        self.held = "" if stop else self.held[len(before) :]
+        if stop:
+            self.characters.reset()
+        return stop
+
+    def end(self) -> None:
+        """Write what was held back: no more tokens come."""
+        self.write(self.held + self.characters.decode(b"", final=True))
+        self.held = ""
 
 
 # --- python -m minirlhf.generate --------------------------------------------------------------------------------------
@@ -196,34 +278,92 @@ class Args:
     """Sample responses from a run; one JSON object {"prompt", "response"} a line."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """A run of train_sft, train_ppo or train_dpo, or any GPT-2 folder."""
+    """A run of train_sft, train_ppo or train_dpo, or any GPT-2: a folder, or a name of the hub (gpt2, ORG/NAME)."""
     sampling: Sampling = Sampling()
     prompt: str | None = None
     """One prompt; \\n stands for a new line."""
     prompts: Path | None = None
     """A file of records; the prompt of each is used."""
+    few_shot: Path | None = None
+    """Put this before every prompt: a .txt as it stands, or demonstrations, each with its response and a blank line."""
     out: Path | None = None
     """Write here instead of to the terminal."""
+    stream: bool = False
+    """Write the response to one prompt as plain text while it is drawn."""
+    stop: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """End a response before this text, or the first of several; \\n stands for a new line."""
+    beams: int | None = None
+    """Search for the most likely responses with so many beams instead of sampling."""
+    length_penalty: float | None = None
+    """With --beams: log-probs are divided by length to this power, 1 by default; higher = longer responses."""
+    returned: Annotated[int | None, tyro.conf.arg(name="return")] = None
+    """With --beams: write this many of the best responses to each prompt, 1 by default."""
     max_new_tokens: int = 48
     """The longest response."""
+    logprobs: bool = False
+    """Add "logprobs", those of the response's tokens; with --beams "score", what the search maximises."""
     batch_size: int = 64
-    """Prompts sampled at a time."""
+    """Prompts at a time; changes no response."""
     seed: int = 0
-    """The same seed and batch size give the same responses."""
+    """The same seed gives the same responses."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the matrix products."""
+    compile: bool = False
+    """Compile the steps with torch.compile: a minute or two at the start, which only long jobs earn back."""
     kernel: str = "auto"
     """Which token_stats: fused (compiled at first use), reference (plain PyTorch) or auto (fused where it can be)."""
 
     def __post_init__(self):
         check_positive(max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
         check_kernel(self.kernel, self.device)
+        if self.compile:
+            check_compiler("--compile", self.device)
         if (self.prompt is None) == (self.prompts is None):
             raise InputError("give either --prompt TEXT or --prompts FILE")
         if self.sampling.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"--min-new-tokens {self.sampling.min_new_tokens} exceeds --max-new-tokens {self.max_new_tokens}"
             )
+        if "" in self.stops:
+            raise InputError("--stop is empty, which every response begins with; give some text")
+        if self.beams is None:
+            for flag, value in (("--length-penalty", self.length_penalty), ("--return", self.returned)):
+                if value is not None:
+                    raise InputError(f"{flag} {value} goes with --beams; add --beams, or leave it out")
+        else:
+            self._check_beams()
+        if self.stream:
+            others = {"--prompts": self.prompts, "--out": self.out, "--beams": self.beams, "--logprobs": self.logprobs}
+            for flag, value in others.items():
+                if value not in (None, False):
+                    raise InputError(f"--stream writes one response to the terminal as it is drawn; leave out {flag}")
+
+    def _check_beams(self) -> None:
+        check_positive(beams=self.beams)
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            value = getattr(self.sampling, name)
+            if value != getattr(Sampling(), name):
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"--beams draws nothing, so {flag} {value} has no meaning; give one of the two")
+        if self.stop:
+            raise InputError("--beams has no --stop: its beams end at end-of-text; give one of the two")
+        if not math.isfinite(1.0 if self.length_penalty is None else self.length_penalty):
+            raise InputError(f"--length-penalty must be a number, got {self.length_penalty}")
+        if self.returned is not None:
+            check_positive(**{"return": self.returned})
+            if self.returned > self.beams:
+                raise InputError(f"--return {self.returned} exceeds --beams {self.beams}; lower it, or search wider")
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings as they are looked for."""
+        return [_unescaped(stop) for stops in self.stop for stop in stops]
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n")
 
 
 def main(args: Args) -> None:
@@ -233,25 +373,79 @@ def main(args: Args) -> None:
         records = read_records(args.prompts)
         named = [(getattr(r, "prompt", None) or getattr(r, "text", ""), r.source) for r in records]
     else:
-        named = [(args.prompt.replace("\\n", "\n"), "--prompt")]
-    for prompt, source in named:
-        length = len(encode_prompt(tokenizer, prompt))
-        if length + args.max_new_tokens > model.config.n_positions:
+        named = [(_unescaped(args.prompt), "--prompt")]
+    before = "" if args.few_shot is None else read_few_shot(args.few_shot)
+    prompts = [encode_prompt(tokenizer, before + prompt) for prompt, _ in named]
+    for tokens, (_, source) in zip(prompts, named):
+        if len(tokens) + args.max_new_tokens > model.config.n_positions:
+            what = "a prompt" if args.few_shot is None else f"a prompt behind {args.few_shot}"
             raise InputError(
-                f"{source}: a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} exceed the context "
-                f"of {model.config.n_positions}; shorten one of them"
+                f"{source}: {what} of {len(tokens)} tokens and --max-new-tokens {args.max_new_tokens} exceed the "
+                f"context of {model.config.n_positions}; shorten one of them"
             )
-    prompts = [prompt for prompt, _ in named]
-    drawn = sample_texts(
-        model, tokenizer, prompts, args.max_new_tokens, args.seed, args.sampling, args.batch_size, args.kernel
-    )
-    rows = [{"prompt": prompt, "response": tokenizer.decode(response)} for prompt, response in zip(prompts, drawn)]
+    if args.stream:
+        stream_one(model, tokenizer, prompts[0], args)
+        return
+    rows = []
+    for (prompt, _), responses in zip(named, respond(model, tokenizer, prompts, args)):
+        rows += [{"prompt": prompt, **response} for response in responses]
     if args.out is not None:
         write_records(args.out, rows)
         print(f"{len(rows)} responses in {args.out}", file=sys.stderr)
     else:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
+
+
+def read_few_shot(path: Path) -> str:
+    """What stands before every prompt: a .txt as it is; of demonstrations each one, and two new lines behind it."""
+    records = read_records(path)
+    if path.name.endswith(".txt"):
+        return records[0].text
+    expect(records, (Demonstration,), path, "--few-shot")
+    return "".join(f"{record.prompt}{record.response}\n\n" for record in records)
+
+
+def respond(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]], args: Args) -> list[list[dict[str, Any]]]:
+    """The responses to each prompt, as the rows that are written."""
+    found: list[list[dict[str, Any]]] = []
+    if args.beams is None:
+        watch = stop_watch(tokenizer, args.stops) if args.stops else None
+        options = {"watch": watch, "dtype": args.dtype, "compile": args.compile}
+        for drawn in sample(
+            model, prompts, tokenizer.eot, args.max_new_tokens, args.seed, args.sampling, args.batch_size, args.kernel,
+            **options,
+        ):  # fmt: skip
+            row = {"response": cut_at(tokenizer.decode(drawn.tokens), args.stops)}
+            found.append([row | ({"logprobs": drawn.logprobs} if args.logprobs else {})])
+        return found
+    for start in range(0, len(prompts), args.batch_size):
+        beams = beam_search(
+            model, prompts[start : start + args.batch_size], tokenizer.eot, args.max_new_tokens, args.beams,
+            length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+            returned=args.returned or 1, min_new_tokens=args.sampling.min_new_tokens,
+            repetition_penalty=args.sampling.repetition_penalty, kernel=args.kernel, dtype=args.dtype,
+            compile=args.compile,
+        )  # fmt: skip
+        for tokens, masks, scores in zip(beams.responses, beams.mask, beams.scores.tolist()):
+            rows = [{"response": tokenizer.decode(own[keep].tolist())} for own, keep in zip(tokens, masks)]
+            found.append([row | ({"score": s} if args.logprobs else {}) for row, s in zip(rows, scores)])
+    return found
+
+
+def stream_one(model: GPT, tokenizer: Tokenizer, prompt: list[int], args: Args) -> None:
+    """Write one response while it is drawn."""
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    stream = Stream(tokenizer, args.stops, write)
+    generate(
+        model, [prompt], tokenizer.eot, args.max_new_tokens, args.seed, args.sampling, args.kernel,
+        watch=stream, dtype=args.dtype, compile=args.compile,
+    )  # fmt: skip
+    stream.end()
+    write("\n")
 
 
 if __name__ == "__main__":

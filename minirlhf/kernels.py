@@ -98,7 +98,7 @@ def _load_cpu() -> ModuleType:
         f"-DCPU_CAPABILITY={instructions}",
         f"-DCPU_CAPABILITY_{instructions}",
     )
-    sources = (CSRC / "ops.cpp", CSRC / "cpu" / "token_stats.cpp")
+    sources = (CSRC / "ops.cpp", *sorted((CSRC / "cpu").glob("*.cpp")))
     module, path, build = _find_or_build(NAME, f"{_torch_label()}-{instructions.lower()}", sources, cflags=flags)
     _facts.update(torch=torch.__version__, python=platform.python_version(), path=str(path), build=build)
     return module

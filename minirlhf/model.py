@@ -5,26 +5,23 @@ the positions a loss needs. `ScalarModel` is the same trunk under a head with on
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3 (pre-norm blocks, a
 final layer norm, initialisation scaled by depth), after Vaswani et al. 2017 (attention) and Press & Wolf 2017 (the
-head shares the token embedding's weights). Names and shapes on disk are those of Hugging Face's GPT-2.
+head shares the token embedding's weights). `minirlhf.checkpoints` has the files.
 Differs: no dropout anywhere (RL wants none, and small models trained for few epochs do not need it).
 """
 
 import copy
-import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minirlhf import InputError
 from minirlhf.data import Packed
-from minirlhf.token_stats import TokenStats, linear_token_stats
+from minirlhf.token_stats import TokenStats, _use_fused, linear_token_stats
 
 
 @dataclass(frozen=True)
@@ -49,29 +46,69 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise InputError(f"n_head must divide n_embd, got {self.n_head} heads for a width of {self.n_embd}")
 
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding: `vocab_size` rounded up to a multiple of 64.
 
-class KVCache:
-    """Keys and values of the tokens seen so far, so that each new token costs one position and not the whole prefix.
+        A matrix product is fast where its sizes are such multiples, and GPT-2's 50257 is odd. The rows beyond are zero
+        and stay so: no token has their ids, their logits are cut off, so they get no probability and no gradient, and
+        what decays is zero. Files do not hold them.
+        """
+        return -(-self.vocab_size // 64) * 64
 
-    Buffers are allocated once for `capacity` positions; `length` says how many are filled.
+
+WRITTEN_OUT = 1 << 22  # scores a layer; up to so many, plain products beat the fused operator on a CPU
+
+
+def attention(
+    q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H S d"], v: Float[Tensor, "B H S d"], attend: Tensor | None
+) -> Float[Tensor, "B H T d"]:
+    """softmax(q kᵀ / √d) v: each token mixes the values of those it looks at.
+
+    Source: Vaswani et al. 2017, eq. 1.
+
+    Args:
+        q, k, v: queries of the last T of S tokens, keys and values of all.
+        attend: who looks at whom. None = every token at itself and back. Bool (B, 1, T, S) = where True. Floating
+            point = what to add to the scores, 0 or -inf, as (T, S) or (B·H, T, S): written out as the equation stands,
+            which is fast where the scores are few; otherwise torch's fused operator never holds them.
     """
+    B, H, T, d = q.shape
+    if attend is None or attend.dtype == torch.bool:
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # whose gradient is up to five times as slow there
+            return attention(q.float(), k.float(), v.float(), attend).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None and T > 1)
+    with torch.autocast(q.device.type, enabled=False):
+        keys = k.flatten(0, 1).transpose(1, 2)  # (B·H, d, S)
+        scores = torch.baddbmm(attend.to(q.dtype), q.flatten(0, 1), keys, alpha=d**-0.5)  # (B·H, T, S)
+        weights = scores.float().softmax(-1) if scores.dtype == torch.bfloat16 else scores.softmax(-1)
+        return torch.bmm(weights.to(q.dtype), v.flatten(0, 1)).view(B, H, T, d)
 
-    def __init__(self, config: GPTConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, 2, batch_size, config.n_head, capacity, config.n_embd // config.n_head)
-        self.buffer = torch.empty(shape, device=device, dtype=dtype)
-        self.mask = torch.zeros(batch_size, capacity, dtype=torch.bool, device=device)
-        self.length = 0
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values (B, H, T, D/H); return all of them so far (B, H, length + T, D/H)."""
-        end = self.length + keys.shape[2]
-        for new, store in zip((keys, values), self.buffer[layer]):
-            store[:, :, self.length : end] = new
-        return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
+def gelu(x: Float[Tensor, "*n"], kernel: str = "auto") -> Float[Tensor, "*n"]:
+    """x Φ(x), smooth at 0 where ReLU has a corner; in the tanh form of GPT-2.
+
+        ½ x (1 + tanh(√(2/π) (x + 0.044715 x³)))
+
+    Source: Hendrycks & Gimpel 2016, section 2.
+
+    Args:
+        x: any shape.
+        kernel: as for `token_stats`; the fused one is for float32 and bfloat16 on a CPU, where torch's own takes four
+            times as long, and is left out where torch.compile makes one.
+    """
+    fused = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+    if fused and _use_fused(kernel, "cpu"):
+        from minirlhf.fused import Gelu  # importing it builds the kernels
+
+        return Gelu.apply(x) if torch.is_grad_enabled() else torch.ops.minirlhf.gelu(x)
+    return F.gelu(x, approximate="tanh")
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    kernel = "auto"  # of the GELU, see `GPT.use_kernel`
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -83,15 +120,15 @@ class Block(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.mlp_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, attend: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, attend: Tensor | None, at: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, T, D), or to (N, D) at the places `at` alone: what nobody reads is not computed."""
         B, T, D = x.shape
         q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        # Softmax(q kᵀ / √(D/H)) v (Vaswani et al. 2017, eq. 1); without a mask of our own, plain causal attention.
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None and T > 1)
-        x = x + self.attn_proj(mixed.transpose(1, 2).reshape(B, T, D))
-        return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh"))
+        mixed = attention(q, k, v, attend).transpose(1, 2).reshape(B, T, D)
+        if at is not None:
+            x, mixed = x.flatten(0, 1).index_select(0, at), mixed.flatten(0, 1).index_select(0, at)  # (N, D)
+        x = x + self.attn_proj(mixed)
+        return x + self.mlp_proj(gelu(self.c_fc(self.ln_2(x)), self.kernel))
 
 
 class GPT(nn.Module):
@@ -100,62 +137,83 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte.weight.data[config.vocab_size :] = 0.0
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.checkpointing = False  # True: keep a block's input only, and compute the block again for its gradient
 
     def forward(
         self,
         tokens: Int[Tensor, "B T"],
         mask: Bool[Tensor, "B T"] | None = None,
-        cache: KVCache | None = None,
         *,
         positions: Int[Tensor, "B T"] | None = None,
         attend: Bool[Tensor, "B 1 T T"] | None = None,
-    ) -> Float[Tensor, "B T D"]:
+        at: Int[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, "B T D"] | Float[Tensor, "N D"]:
         """Hidden states after the final norm.
 
         Padding may stand anywhere, left or right: positions count the real tokens only and no real token attends to
         padding, so the states at real tokens do not depend on it. The states at padding mean nothing.
 
         Args:
-            tokens: (B, T) ids; with a cache, only the new ones.
+            tokens: (B, T) ids.
             mask: (B, T), True = a real token. None = all are real, or padding stands on the right only: causal
                 attention cannot see what follows, so right padding needs no mask (and costs less without).
-            cache: keys and values of the tokens before; filled in place.
             positions, attend: both or neither, in place of a mask: rows laid out by `data.pack`.
+            at: places in the flattened (B·T) whose states are wanted; None = all. The last block's second half, which
+                no other position reads, runs on these alone.
+
+        Returns:
+            (B, T, D), or with `at` (N, D).
 
         Raises:
             ValueError: more tokens than positions.
         """
         B, T = tokens.shape
-        start = cache.length if cache is not None else 0
-        if positions is None and (cache is not None or mask is not None):
-            new = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-            if cache is not None:
-                cache.mask[:, start : start + T] = new
-                real = cache.mask[:, : start + T]  # (B, S)
-            else:
-                real = new
-            positions = (real.cumsum(-1) - 1).clamp(min=0)[:, start:]  # (B, T)
-            if not (T == 1 and bool(real.all())):
-                attend = _attention_mask(real, T)
-        elif positions is None:
-            positions = torch.arange(T, device=tokens.device).expand(B, T)
-        if positions.numel() and int(positions.max()) >= self.config.n_positions:
-            raise ValueError(f"{int(positions.max()) + 1} tokens exceed the context of {self.config.n_positions}")
+        if positions is None and mask is not None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+            attend = _attention_mask(mask)
+        # Only where it could be too many are positions looked at: on a GPU the look waits for it.
+        fits = positions is None or self.config.n_positions >= T
+        longest = T if fits else int(positions.max()) + 1
+        if longest > self.config.n_positions:
+            raise ValueError(f"{longest} tokens exceed the context of {self.config.n_positions}")
 
-        x = self.wte(tokens) + self.wpe(positions)
+        # Without a layout the t-th token of each row stands at position t.
+        x = self.wte(tokens) + (self.wpe.weight[:T] if positions is None else self.wpe(positions))  # (B, T, D)
+        # Losses ask for some states, those of policy and reference alike, which thereby share their arithmetic.
+        few = at is not None and B * self.config.n_head * T * T <= WRITTEN_OUT
+        if few and x.device.type == "cpu":
+            attend = self._added(attend, T, x)
         for layer, block in enumerate(self.h):
-            x = block(x, attend, cache, layer)
-        if cache is not None:
-            cache.length += T
+            rows = at if layer + 1 == len(self.h) else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, attend, rows, use_reentrant=False)
+            else:
+                x = block(x, attend, rows)
         return self.ln_f(x)
 
+    def _added(self, attend: Bool[Tensor, "B 1 T T"] | None, T: int, x: Tensor) -> Tensor:
+        """What `attention` adds to the scores, 0 where a token may look and -inf elsewhere: (T, T) or (B·H, T, T)."""
+        if attend is None:
+            return torch.full((T, T), float("-inf"), dtype=x.dtype).triu(1)
+        blocked = torch.zeros(attend.shape, dtype=x.dtype).masked_fill(~attend, float("-inf"))
+        return blocked.expand(-1, self.config.n_head, -1, -1).flatten(0, 1)
+
+    def use_kernel(self, kernel: str) -> None:
+        """auto, fused or reference, as for `token_stats`."""
+        for block in self.h:
+            block.kernel = kernel
+
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        """Next-token logits: the head is the token embedding, transposed (Press & Wolf 2017)."""
-        return F.linear(hidden, self.wte.weight)
+        """Next-token logits: the head is the token embedding, transposed (Press & Wolf 2017).
+
+        A view: the columns that pad the vocabulary are computed and left out.
+        """
+        return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
 
 
 class ScalarModel(nn.Module):
@@ -169,29 +227,43 @@ class ScalarModel(nn.Module):
 
     def forward(
         self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None, **layout: Tensor
-    ) -> Float[Tensor, "B T"]:
+    ) -> Float[Tensor, "B T"] | Float[Tensor, " N"]:
         """One number a position; for a reward model the one that counts stands at the last real token.
 
-        Arguments as for `GPT`.
+        Arguments as for `GPT`; with `at`, (N,).
         """
-        return self.score(self.trunk(tokens, mask, **layout)).squeeze(-1)
+        return self.head(self.trunk(tokens, mask, **layout))
+
+    def head(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+        """w · h. Written as a sum, since a matrix product with one column rounds a row by where it stands."""
+        return (hidden * self.score.weight[0]).sum(-1)
 
 
 def last_token(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
-    """The value at each row's last real token, wherever the padding stands: (B, T) -> (B,)."""
+    """The value at each row's last real token: (B, T) -> (B,)."""
+    return values.flatten().index_select(0, last_places(mask))
+
+
+def last_places(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Where each row's last real token stands in the flattened (B·T), wherever the padding is: for `at`."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, -1).amax(dim=1)  # (B,)
-    return values.gather(1, last[:, None]).squeeze(1)
+    return torch.arange(len(mask), device=mask.device) * mask.shape[1] + last
 
 
-def _attention_mask(real: Bool[Tensor, "B S"], T: int) -> Bool[Tensor, "B 1 T S"]:
-    """True where the last T tokens may look: at real tokens, not ahead.
+def places(wanted: Bool[Tensor, "B T"]) -> Int[Tensor, " N"]:
+    """Where True stands in the flattened (B·T), row after row: for `at`."""
+    return wanted.flatten().nonzero().squeeze(1)
+
+
+def _attention_mask(real: Bool[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """True where a token may look: at real tokens, not ahead.
 
     A token always sees itself, padding too: a row of softmax over nothing would be NaN and spread through the batch.
     """
-    S = real.shape[1]
-    causal = torch.ones(T, S, dtype=torch.bool, device=real.device).tril(S - T)
-    itself = torch.eye(S, dtype=torch.bool, device=real.device)[S - T :]
+    T = real.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=real.device)
     return ((causal & real[:, None, :]) | itself)[:, None]
 
 
@@ -224,37 +296,31 @@ def response_stats(
     """
     predicts, targets = counted[:, 1:], tokens[:, 1:][counted[:, 1:]]  # (B, T-1), (N,)
     before = tokens[:, :-1]
+    at = places(predicts)  # (N,)
     real = None if mask is None else mask[:, :-1]
     ref = (None, None)
     if ref_model is not None:
         with torch.no_grad():
-            ref = ref_model(before, real)[predicts], ref_model.wte.weight.detach()  # (N, D), (V, D)
-    hidden = model(before, real)[predicts]  # (N, D)
-    return linear_token_stats(hidden, model.wte.weight, targets, *ref, temperature=temperature, kernel=kernel)
+            ref = ref_model(before, real, at=at), ref_model.wte.weight.detach()  # (N, D), (V', D)
+    hidden = model(before, real, at=at)  # (N, D)
+    return linear_token_stats(
+        hidden, model.wte.weight, targets, *ref,
+        vocab_size=model.config.vocab_size, temperature=temperature, kernel=kernel,
+    )  # fmt: skip
 
 
-def packed_logps(
-    model: GPT,
-    hidden: Float[Tensor, "B T D"],
-    packed: Packed,
-    which: Bool[Tensor, " N"] | None = None,
-    kernel: str = "auto",
-) -> Float[Tensor, " N"]:
-    """log π(y|x) = Σ_t log π(y_t|x, y_<t) of packed responses, in nats, from the states that `model` gave them.
+def packed_logps(model: GPT, states: Float[Tensor, "M D"], packed: Packed, kernel: str = "auto") -> Float[Tensor, " N"]:
+    """log π(y|x) = Σ_t log π(y_t|x, y_<t) of packed responses, in nats; 0 of those without predictors.
 
     Args:
         model: the policy, for its head.
-        hidden: (B, T, D) states at the tokens of `packed`.
+        states: (M, D), those that `model` gave at `packed.predictors`.
         packed: N responses, see `data.pack`.
-        which: (N,), the responses that are wanted; the head runs on these, and the others get 0. None = all.
         kernel: which `token_stats`.
     """
-    predictors, targets, owners = (part.to(hidden.device) for part in packed[4:])
-    if which is not None:
-        wanted = which.to(hidden.device)[owners]
-        predictors, targets, owners = predictors[wanted], targets[wanted], owners[wanted]
-    states = hidden.flatten(0, 1).index_select(0, predictors)  # (M, D)
-    logprobs = linear_token_stats(states, model.wte.weight, targets, kernel=kernel).logprobs  # (M,)
+    targets, owners = packed.targets.to(states.device), packed.owners.to(states.device)
+    vocab_size = model.config.vocab_size
+    logprobs = linear_token_stats(states, model.wte.weight, targets, vocab_size=vocab_size, kernel=kernel).logprobs
     return logprobs.new_zeros(len(packed.ends)).index_add(0, owners, logprobs)
 
 
@@ -273,14 +339,22 @@ def init_weights(model: GPT | ScalarModel, seed: int) -> None:
     """
     g = torch.Generator().manual_seed(seed)
     std = 0.8 / math.sqrt(model.config.n_embd)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            parameter.data.fill_(1.0 if name.endswith("weight") else 0.0)  # layer norms; biases
+    for name, weight in named_weights(model).items():  # what pads the vocabulary stays zero, and draws nothing
+        if weight.dim() < 2:
+            weight.fill_(1.0 if name.endswith("weight") else 0.0)  # layer norms; biases
         elif name == "score.weight":
             init_head(model, g)
         else:
             scale = 1 / math.sqrt(2 * model.config.n_layer) if name.endswith("proj.weight") else 1.0
-            parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, std * scale, generator=g))
+            weight.copy_(torch.empty(weight.shape).normal_(0.0, std * scale, generator=g))
+
+
+def named_weights(model: GPT | ScalarModel) -> dict[str, Tensor]:
+    """Each parameter's data by name, a view without the rows that pad the vocabulary: what files hold."""
+    return {
+        name: parameter.data[: model.config.vocab_size] if name.endswith("wte.weight") else parameter.data
+        for name, parameter in model.named_parameters()
+    }
 
 
 def init_head(model: ScalarModel, generator: torch.Generator) -> None:
@@ -310,150 +384,3 @@ def clone(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     twin.requires_grad_(False)
     return twin.eval()
-
-
-# --- Hugging Face's layout --------------------------------------------------------------------------------------------
-
-# Their GPT-2 keeps OpenAI's Conv1D: these weights are stored as (in, out), the transpose of nn.Linear's (out, in).
-_TRANSPOSED = ("c_attn.weight", "attn_proj.weight", "c_fc.weight", "mlp_proj.weight")
-_NAMES = {"c_attn": "attn.c_attn", "attn_proj": "attn.c_proj", "c_fc": "mlp.c_fc", "mlp_proj": "mlp.c_proj"}
-
-
-def _hf_name(name: str) -> str:
-    """Our parameter name to Hugging Face's: h.0.attn_proj.weight -> transformer.h.0.attn.c_proj.weight."""
-    if name == "score.weight":
-        return name
-    parts = name.removeprefix("trunk.").split(".")
-    return ".".join(["transformer", *(_NAMES.get(part, part) for part in parts)])
-
-
-def save_model(model: GPT | ScalarModel, folder: Path, eot: int) -> None:
-    """Write `config.json` and `model.safetensors` as Hugging Face's GPT-2, each under a temporary name first."""
-    scalar = isinstance(model, ScalarModel)
-    config = {
-        "architectures": ["GPT2ForSequenceClassification" if scalar else "GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        **asdict(model.config),
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": True,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "torch_dtype": "float32",
-    }
-    if scalar:  # no pad_token_id: theirs would take end-of-text for padding and score the token before it
-        config |= {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        weights[_hf_name(name)] = (tensor.t() if name.endswith(_TRANSPOSED) else tensor).contiguous().cpu().float()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "model.safetensors.partial"
-    write_tensors(weights, partial, {"format": "pt"})
-    partial.replace(folder / "model.safetensors")
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(folder / "config.json")
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file with the mode of any new file: safetensors gives its own 0600, whatever the umask."""
-    path.unlink(missing_ok=True)
-    path.touch()
-    mode = path.stat().st_mode & 0o777
-    save_file(tensors, path, metadata=metadata)
-    path.chmod(mode)
-
-
-def load_model(folder: str | Path, *, scalar: bool = False) -> GPT | ScalarModel:
-    """Read a model from a folder in Hugging Face's GPT-2 layout: one of our runs, or any GPT-2.
-
-    Args:
-        folder: holds `config.json` and `model.safetensors`. Weights are never unpickled.
-        scalar: True = a `ScalarModel`, whose folder must hold a score head; False = a `GPT`, whose folder must not
-            (a reward model is no policy).
-
-    Raises:
-        InputError: a file is missing, cut off, of another architecture, or its tensors do not fit the config.
-    """
-    folder = Path(folder)
-    config = _read_config(folder)
-    weights = _read_weights(folder)
-    model = ScalarModel(config) if scalar else GPT(config)
-    # OpenAI's own files lack the "transformer." prefix; causal-mask buffers and the tied head carry nothing new.
-    given = {
-        n if n == "score.weight" or n.startswith("transformer.") else f"transformer.{n}": w for n, w in weights.items()
-    }
-    if scalar and "score.weight" not in given:
-        raise InputError(
-            f"{folder}: a language model, not a reward model (no score.weight); train one with train_rm.py"
-        )
-    if not scalar and "score.weight" in given:
-        raise InputError(
-            f"{folder}: a reward model, not a language model; name a run of train_sft, train_ppo or train_dpo"
-        )
-    state = {}
-    for name, tensor in model.state_dict().items():
-        stored = given.get(_hf_name(name))
-        if stored is None:
-            raise InputError(
-                f"{folder / 'model.safetensors'}: tensor {_hf_name(name)} is missing; save the model again"
-            )
-        stored = stored.t() if name.endswith(_TRANSPOSED) else stored
-        if stored.shape != tensor.shape:
-            raise InputError(
-                f"{folder / 'model.safetensors'}: {_hf_name(name)} has shape {tuple(stored.shape)}, config.json asks "
-                f"for {tuple(tensor.shape)}; the two files are not from the same model"
-            )
-        state[name] = stored.float()
-    model.load_state_dict(state)
-    return model
-
-
-def _read_config(folder: Path) -> GPTConfig:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; name a run, or any folder in Hugging Face's GPT-2 format")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(f"{path} is missing; {folder} is not a finished run or a GPT-2 folder")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); save the model again") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "gpt2":
-        raise InputError(f"{path}: model_type is {kind!r}, but only 'gpt2' can be loaded; choose a GPT-2 folder")
-    wanted = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
-    wanted |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    for key, value in wanted.items():
-        if config.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {config[key]!r}, this GPT-2 needs {value!r}; choose another folder")
-    try:
-        shape = GPTConfig(**{key: int(config[key]) for key in GPTConfig.__dataclass_fields__})
-    except (KeyError, TypeError, ValueError, InputError) as error:
-        raise InputError(f"{path}: the model's shape is not there ({error}); save the model again") from error
-    if config.get("n_inner") not in (None, 4 * shape.n_embd):
-        raise InputError(f"{path}: n_inner is {config['n_inner']}, this GPT-2 needs {4 * shape.n_embd}")
-    return shape
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
-        if pickles:
-            raise InputError(
-                f"{folder / pickles[0]}: pickled weights are refused (loading one can run any code); "
-                "convert it to model.safetensors first"
-            )
-        raise InputError(f"{path} is missing; finish the run (--resume) or name another folder")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            why = "holds a pickle, which is refused (loading one can run any code); convert it to safetensors"
-        else:
-            why = f"cut off or damaged ({error}); copy or train it again"
-        raise InputError(f"{path}: {why}") from error

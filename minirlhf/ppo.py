@@ -23,7 +23,7 @@ from torch import Tensor
 from minirlhf import InputError
 from minirlhf.explain import Explained, show_explained, token_text
 from minirlhf.generate import Sampling, generate
-from minirlhf.model import GPT, ScalarModel, adamw, response_stats, scatter_counted
+from minirlhf.model import GPT, ScalarModel, adamw, places, response_stats, scatter_counted
 from minirlhf.rewards import Reward, TokenText, score
 from minirlhf.runs import (
     Run,
@@ -33,6 +33,7 @@ from minirlhf.runs import (
     check_share,
     console,
     cosine_lr,
+    mix,
     seeded,
     set_lr,
 )
@@ -333,11 +334,14 @@ def rollout(
     limits: Sequence[int],
     eot: int,
     temperature: float,
-    generator: torch.Generator,
+    seed: int | Sequence[int],
     kernel: str = "auto",
+    dtype: str = "fp32",
+    compile: bool = False,
 ) -> Rollout:
     """Draw responses and lay them out for training: token in, token out, nothing is tokenised again."""
-    drawn = generate(policy, prompts, eot, limits, generator, Sampling(temperature), kernel)
+    sampling = Sampling(temperature)
+    drawn = generate(policy, prompts, eot, limits, seed, sampling, kernel, dtype=dtype, compile=compile)
     starts = torch.tensor([len(prompt) for prompt in prompts], device=drawn.mask.device)[:, None]  # (B, 1)
     ends = starts + drawn.mask.sum(-1, keepdim=True)
     T = int(ends.max())
@@ -363,7 +367,7 @@ def cut_to(episodes: Rollout, rows: Int[Tensor, " b"]) -> tuple[Int[Tensor, "b T
 
 def token_values(critic: ScalarModel, tokens: Int[Tensor, "B T"], counted: Bool[Tensor, "B T"]) -> Float[Tensor, " N"]:
     """V(s_t) for each counted token t: the critic's output one position before it, where t is yet to be drawn."""
-    return critic(tokens[:, :-1])[counted[:, 1:]]
+    return critic(tokens[:, :-1], at=places(counted[:, 1:]))
 
 
 def stats_and_values(
@@ -373,15 +377,18 @@ def stats_and_values(
     if critic.trunk is not policy:
         stats = response_stats(policy, tokens, counted, ref, temperature=temperature, kernel=kernel)
         return stats, token_values(critic, tokens, counted)
-    predicts = counted[:, 1:]
-    hidden = policy(tokens[:, :-1])[predicts]  # (N, D)
+    at = places(counted[:, 1:])
+    hidden = policy(tokens[:, :-1], at=at)  # (N, D)
     reference = (None, None)
     if ref is not None:
         with torch.no_grad():
-            reference = ref(tokens[:, :-1])[predicts], ref.wte.weight.detach()
-    targets = tokens[:, 1:][predicts]
-    stats = linear_token_stats(hidden, policy.wte.weight, targets, *reference, temperature=temperature, kernel=kernel)
-    return stats, critic.score(hidden).squeeze(-1)
+            reference = ref(tokens[:, :-1], at=at), ref.wte.weight.detach()
+    targets = tokens[:, 1:][counted[:, 1:]]
+    stats = linear_token_stats(
+        hidden, policy.wte.weight, targets, *reference,
+        vocab_size=policy.config.vocab_size, temperature=temperature, kernel=kernel,
+    )  # fmt: skip
+    return stats, critic.head(hidden)
 
 
 class Experience(NamedTuple):
@@ -568,6 +575,7 @@ def train(
     gold: Reward | None = None,
     dtype: str = "fp32",
     kernel: str = "auto",
+    compile: bool = False,
     explain: int = 0,
 ) -> dict[str, float]:
     """Train `policy` and `critic` in place.
@@ -585,6 +593,7 @@ def train(
         gold: a judge that is logged and never optimised.
         dtype: fp32 or bf16 matrix products.
         kernel: which `token_stats`.
+        compile: sample through torch.compile.
         explain: responses to take apart at the first rollout and wherever samples are shown; changes no weight.
 
     Returns:
@@ -616,15 +625,16 @@ def train(
         prompts = [p for p in prompts_at(step) for _ in range(config.responses_per_prompt)]
         low, high = config.response_range
         limits = torch.randint(low, high + 1, (len(prompts),), generator=seeded(seed, step, 1)).tolist()
-        draws = seeded(seed, step, 2, device=device)
-        episodes = rollout(policy, prompts, limits, tokenizer.eot, config.temperature, draws, kernel)
+        seeds, eot = mix(seed, step, 2), tokenizer.eot
+        episodes = rollout(policy, prompts, limits, eot, config.temperature, seeds, kernel, dtype, compile)
         mask = episodes.mask  # (B, R)
 
         # 2. Score: the reward reads the tokens that were drawn, or their text.
         asked = [TokenText(tokenizer.decode(p), p) for p in prompts]
         rows = [row.tolist() for row in episodes.responses[mask].cpu().split(mask.sum(-1).tolist())]
         answered = [TokenText(tokenizer.decode(row), row) for row in rows]
-        scores = score(reward, asked, answered).to(device)  # (B,)
+        with autocast(device, dtype):
+            scores = score(reward, asked, answered).to(device)  # (B,)
         shaped_scores = shape_scores(scores, episodes.truncated, state, config)
 
         # 3. and 4. Rewards and advantages, token by token.
@@ -636,30 +646,30 @@ def train(
 
         # 5. Updates: several passes over the rollout in minibatches.
         began = time.perf_counter()
-        sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "ratio_max", "old_kl", "grad_norm"), 0.0)
+        sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "old_kl", "grad_norm"), 0.0)
+        ratio_max = episodes.old_logprobs.new_zeros(())
         updates, looks, stopped = 0, 0, False
         for epoch in range(config.epochs):
             order = torch.randperm(len(prompts), generator=seeded(seed, step, 3, epoch)).to(device)
             for rows_now in order.chunk(config.minibatches):
                 tokens_now = int(mask[rows_now].sum())
-                seen = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "old_kl"), 0.0)
+                found = mask.new_zeros(4, dtype=episodes.old_logprobs.dtype)  # sums stay on the device until the step
                 for piece in microbatches(episodes.counted, rows_now, config.microbatch_size):
                     terms = token_losses(policy, critic, ref, episodes, experience, piece, config, dtype, kernel)
-                    loss = total_loss(Losses(*(term.sum() for term in terms)), state["kl_coef"], config)
-                    (loss / tokens_now).backward()
+                    totals = Losses(*(term.sum() for term in terms))
+                    (total_loss(totals, state["kl_coef"], config) / tokens_now).backward()
 
                     with torch.no_grad():
                         ratio = terms.logratio.exp()
-                        seen["policy_loss"] += terms.policy.sum().item() / tokens_now
-                        seen["value_loss"] += terms.value.sum().item() / tokens_now
-                        seen["clip_fraction"] += ((ratio - 1).abs() > config.clip).sum().item() / tokens_now
-                        # k3 of KL(π_old‖π)
-                        seen["old_kl"] += (ratio - 1 - terms.logratio).sum().item() / tokens_now
-                        sums["ratio_max"] = max(sums["ratio_max"], ratio.max().item())
+                        outside = ((ratio - 1).abs() > config.clip).sum()
+                        old_kl = (ratio - 1 - terms.logratio).sum()  # k3 of KL(π_old‖π)
+                        found += torch.stack([totals.policy, totals.value, outside, old_kl]) / tokens_now
+                        ratio_max = torch.maximum(ratio_max, ratio.max())
                 trained = [policy, critic.score] if shared else [policy]
                 grad_norm = torch.nn.utils.clip_grad_norm_(
                     [p for module in trained for p in module.parameters()], config.max_grad_norm
                 )
+                seen = dict(zip(("policy_loss", "value_loss", "clip_fraction", "old_kl"), found.tolist()))
                 run.require_finite(step, policy_loss=seen["policy_loss"], value_loss=seen["value_loss"])
                 run.require_finite(step, gradient=grad_norm)
                 looks += 1
@@ -704,7 +714,8 @@ def train(
             "eot_rate": float((~episodes.truncated).float().mean()),
             "explained_variance": explained_variance(experience.values, experience.returns, mask),
             "advantage_std": float(experience.advantages[mask].std(correction=0)),
-            **{name: value if name == "ratio_max" else value / looks for name, value in sums.items()},
+            **{name: value / looks for name, value in sums.items()},
+            "ratio_max": float(ratio_max),
             "updates": updates,
             "ratio_drift": drift,
             "kl_coef": kl_coef,

@@ -195,27 +195,25 @@ def collate_rankings(ranked: Sequence[RankedExamples], fill: int) -> Rankings:
 
 def score_batch(model: ScalarModel, batch: Rankings) -> Float[Tensor, " N"]:
     """The score of each response, read at its last token."""
-    return _scores(model, _states(model, batch), batch)
+    return model(**_layout(model, batch.packed, batch.packed.ends))
 
 
 def scores_and_logps(
     model: ScalarModel, batch: Rankings, kernel: str = "auto"
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """The score of each response, and the trunk's log-prob of the best of each ranking (0 for the others)."""
-    hidden = _states(model, batch)
     best = torch.zeros(len(batch.packed.ends), dtype=torch.bool)
     for rows, ranks in batch.groups:
         best[rows[:, best_of(ranks)]] = True
-    return _scores(model, hidden, batch), packed_logps(model.trunk, hidden, batch.packed, best, kernel)
+    packed = batch.packed.counting(best)
+    states = model.trunk(**_layout(model, packed, torch.cat([packed.ends, packed.predictors])))  # (N + M, D)
+    at_ends, before_targets = states.tensor_split([len(packed.ends)])
+    return model.head(at_ends), packed_logps(model.trunk, before_targets, packed, kernel)
 
 
-def _states(model: ScalarModel, batch: Rankings) -> Float[Tensor, "B T D"]:
-    tokens, positions, attend = (part.to(model.score.weight.device) for part in batch.packed[:3])
-    return model.trunk(tokens, positions=positions, attend=attend)
-
-
-def _scores(model: ScalarModel, hidden: Float[Tensor, "B T D"], batch: Rankings) -> Float[Tensor, " N"]:
-    return model.score(hidden.flatten(0, 1)[batch.packed.ends.to(hidden.device)]).squeeze(-1)
+def _layout(model: ScalarModel, packed: Packed, at: Tensor) -> dict[str, Tensor]:
+    parts = {"tokens": packed.tokens, "positions": packed.positions, "attend": packed.attend, "at": at}
+    return {name: part.to(model.score.weight.device) for name, part in parts.items()}
 
 
 def pair_accuracy(model: ScalarModel, batches: Sequence[Rankings]) -> float:

@@ -141,8 +141,9 @@ def linear_token_stats(
     weight: Float[Tensor, "V D"],
     targets: Int[Tensor, "..."],
     ref_hidden: Float[Tensor, "... E"] | None = None,
-    ref_weight: Float[Tensor, "V E"] | None = None,
+    ref_weight: Float[Tensor, "W E"] | None = None,
     *,
+    vocab_size: int | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
     kernel: str = "auto",
@@ -159,6 +160,9 @@ def linear_token_stats(
         weight: (V, D), the output head, without a bias.
         targets: (...), token ids in [0, V), or `ignore_index`.
         ref_hidden, ref_weight: (..., E) and (V, E), the reference's, both or neither; no gradient is taken in them.
+        vocab_size: only so many first rows of each weight are tokens; those beyond, which pad a vocabulary, are not
+            read and get a gradient of 0, without the second gradient of the whole weight that slicing it would cost.
+            The reference's may have another number of them. None = all rows are tokens.
         temperature, ignore_index, kernel: as for `token_stats`.
 
     Returns:
@@ -168,8 +172,9 @@ def linear_token_stats(
         As `token_stats`; ValueError also where the reference asks for a gradient.
     """
     _check_kernel(kernel)
-    _check_linear(hidden, weight, targets, ref_hidden, ref_weight, temperature)
+    _check_linear(hidden, weight, targets, ref_hidden, ref_weight, vocab_size, temperature)
     if not _use_fused(kernel, hidden.device.type):
+        weight, ref_weight = (w if w is None else w[:vocab_size] for w in (weight, ref_weight))
         _check_targets(targets, weight.shape[0], ignore_index)
         return _linear_reference(hidden, weight, targets, ref_hidden, ref_weight, temperature, ignore_index)
     if _autocast(hidden):
@@ -187,6 +192,7 @@ def linear_token_stats(
         ref_weight,
         float(temperature),
         ignore_index,
+        vocab_size,
     )
     return _unpack(stats.reshape(len(stats), *targets.shape))
 
@@ -250,7 +256,7 @@ def _check(logits, targets, ref_logits, temperature) -> None:
     _check_rest("logits'", logits, targets, temperature, ref_logits=ref_logits)
 
 
-def _check_linear(hidden, weight, targets, ref_hidden, ref_weight, temperature) -> None:
+def _check_linear(hidden, weight, targets, ref_hidden, ref_weight, vocab_size, temperature) -> None:
     if (ref_hidden is None) != (ref_weight is None):
         raise ValueError("ref_hidden and ref_weight belong together; give both or neither")
     _check_rest("hidden's", hidden, targets, temperature, weight=weight, ref_hidden=ref_hidden, ref_weight=ref_weight)
@@ -260,7 +266,9 @@ def _check_linear(hidden, weight, targets, ref_hidden, ref_weight, temperature) 
         for name, x in (("hidden", states), ("weight", head)):
             if not x.is_floating_point():
                 raise TypeError(f"{ref}{name} must be floating point, got {x.dtype}")
-        if head.dim() != 2 or head.shape[0] != weight.shape[0]:
+        if vocab_size is not None and head.dim() == 2 and not 1 <= vocab_size <= head.shape[0]:
+            raise ValueError(f"vocab_size must lie in [1, {head.shape[0]}], the rows of {ref}weight, got {vocab_size}")
+        if head.dim() != 2 or (vocab_size is None and head.shape[0] != weight.shape[0]):
             rows = "V" if head is weight else weight.shape[0]
             raise ValueError(f"{ref}weight must have shape ({rows}, D), got {tuple(head.shape)}")
         want = (*targets.shape, head.shape[1])

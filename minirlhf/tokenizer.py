@@ -14,8 +14,9 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tokenizers import Tokenizer as HFTokenizer
@@ -175,26 +176,20 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read ``tokenizer.json``: ours, or that of any folder with a GPT-2 style tokenizer.
 
+        Where there is none, GPT-2's own two files do as well: ``vocab.json`` and ``merges.txt``.
+
         Raises:
-            InputError: the file is missing, broken, or of another kind of tokenizer.
+            InputError: a file is missing, broken, or of another kind of tokenizer.
         """
-        path = Path(folder) / "tokenizer.json"
+        path, older = Path(folder) / "tokenizer.json", Path(folder) / "vocab.json"
+        if older.is_file() and not path.exists():
+            path = older
         try:
-            content = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{path}: no such file; name a folder that holds a tokenizer.json") from error
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read ({error.strerror}); check what it is and who may read it"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: cut off or corrupt, not valid JSON; copy or save it again") from error
-        try:
-            return cls(_ranks_from(content))
+            return cls(_ranks_from(_older_content(path) if path is older else _read(path, json.loads)))
         except _Unfit as error:
             raise InputError(f"{path}: not a tokenizer like GPT-2's: {error}; use one that is") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}: not the content of a tokenizer.json; copy or save it again") from error
+            raise InputError(f"{path}: not the content of a {path.name}; copy or save it again") from error
 
     # --- identity ---
 
@@ -260,6 +255,40 @@ def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, byt
             raise _Unfit(f"no lower merges lead to token {rank}")
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
+
+
+def _read(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        return parse(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        beside = "a tokenizer.json, or vocab.json and merges.txt"
+        raise InputError(f"{path}: no such file; name a folder that holds {beside}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check what it is and who may read it") from error
+    except (ValueError, RecursionError) as error:
+        kind = "JSON" if parse is json.loads else "UTF-8"
+        raise InputError(f"{path}: cut off or corrupt, not valid {kind}; copy or save it again") from error
+
+
+def _older_content(vocab: Path) -> dict:
+    """What ``vocab.json`` and the files beside it say, as a tokenizer.json would."""
+    ids, config = _read(vocab, json.loads), vocab.with_name("tokenizer_config.json")
+    merges = _read(vocab.with_name("merges.txt"), bytes.decode).replace("\r\n", "\n").split("\n")
+    options = _read(config, json.loads) if config.is_file() else {}
+    if options.get("add_bos_token"):
+        raise _Unfit("it adds tokens to a text")
+    eot = ids.pop(Tokenizer.EOT, None)
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": options.get("add_prefix_space", False)},
+        "post_processor": None,
+        "added_tokens": [{"content": Tokenizer.EOT, "id": eot}],
+        "model": {
+            "type": "BPE",
+            "vocab": ids,
+            "merges": [pair for pair in merges if pair and not pair.startswith("#version")],
+        },
+    }
 
 
 def _ranks_from(content: dict) -> dict[bytes, int]:

@@ -269,7 +269,7 @@ def go_evaluate(data: Setting, config: None, seed: int) -> Watched:
     prompts = [list(world.prompts[i % len(world.prompts)]) for i in range(3000)]
     asked, marks = [world.text(prompt) for prompt in prompts], []
     for draw in (0, 1):
-        drawn = generate(base, prompts, world.eot, world.length, runs.seeded(seed, draw))
+        drawn = generate(base, prompts, world.eot, world.length, runs.mix(seed, draw))
         answers = [world.text(row[keep].tolist()) for row, keep in zip(drawn.responses, drawn.mask)]
         marks.append(rewards.score(reward, asked, answers).round())
     run = Watched(1, base)
@@ -499,7 +499,7 @@ BUGS = (
     Bug(
         name="score-past-end",
         title="The score is read one past the end",
-        where="minirlhf.model:last_token",
+        where="minirlhf.model:last_places",
         before="last = torch.where(mask, positions, -1).amax(dim=1)",
         after="last = (torch.where(mask, positions, -1).amax(dim=1) + 1).clamp(max=mask.shape[1] - 1)",
         symptom="The same response gets another score in other company. The metrics do not tell: `reward` rises, but "
@@ -527,25 +527,26 @@ BUGS = (
     # Sampling against training: the first ratio is what gives these away.
     Bug(
         name="positions-not-reset",
-        title="Positions are not reset under left padding",
-        where="minirlhf.model:GPT.forward",
-        before="positions = (real.cumsum(-1) - 1).clamp(min=0)[:, start:]",
-        after="positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)",
+        title="Positions are those of the longest prompt",
+        where="minirlhf.decode:Decoder.start",
+        before="positions = torch.tensor([length - 1 for length, _ in self.spans], device=device)",
+        after="positions = torch.full((capacity,), max(length - 1 for length, _ in self.spans), device=device)",
         symptom="The first ratio is not 1, and the run stops. Without that check, much is clipped and the reward "
         "rises much less, since the policy that is trained is not the one that is sampled.",
-        why="Training pads on the right, where positions need no thought; sampling pads on the left.",
-        test="tests/test_model.py::test_padding_does_not_reach_the_gradient[left]",
+        why="Training pads on the right, where positions need no thought; a sampler draws the next tokens of all rows "
+        "at once, and a shorter prompt has its own elsewhere.",
+        test="tests/test_generate.py::test_logprobs_are_those_of_a_second_reading",
         look=("ratio_drift first", "clip_fraction last", "reward last", "true reward last", "regret last"),
     ),
     Bug(
         name="cache-off-by-one",
         title="The KV cache is off by one",
-        where="minirlhf.model:GPT.forward",
-        before="cache.length += T",
-        after="cache.length += T - 1",
+        where="minirlhf.decode:_forward",
+        before="torch.ops.minirlhf.decode_attention_(store, qkv, positions)",
+        after="torch.ops.minirlhf.decode_attention_(store, qkv, (positions - 1).clamp(min=0))",
         symptom="The first ratio is not 1, and the run stops. Without that check, much is clipped and the reward rises "
         "less: the sampler overwrites the last token that it should look at.",
-        why="One number says how much of the cache is full and where the next token goes.",
+        why="The place of the last token and the place where the next one goes are one apart.",
         test="tests/test_generate.py::test_logprobs_are_those_of_a_second_reading",
         look=("ratio_drift first", "clip_fraction last", "reward last", "true reward last", "regret last"),
     ),
@@ -553,8 +554,8 @@ BUGS = (
         name="temperature-once",
         title="The temperature is missing in one of two log-probs",
         where="minirlhf.generate:generate",
-        before="stats = token_stats(logits, drawn, temperature=sampling.temperature or 1.0, kernel=kernel)",
-        after="stats = token_stats(logits, drawn, kernel=kernel)",
+        before="stats = token_stats(logits, tokens, temperature=sampling.temperature or 1.0, kernel=kernel)",
+        after="stats = token_stats(logits, tokens, kernel=kernel)",
         symptom="The first ratio is not 1, and the run stops. Without that check, half of all tokens are clipped, and "
         "`kl_k1` is below 0 at the first rollout, where policy and reference are the same.",
         why="The sampler divides the logits, and the training code was written by somebody who only sees tokens.",
@@ -567,8 +568,8 @@ BUGS = (
         name="reference-temperature",
         title="The temperature is missing in the reference's log-probs",
         where="minirlhf.model:response_stats",
-        before="ref = ref_model(before, real)[predicts], ref_model.wte.weight.detach()",
-        after="ref = temperature * ref_model(before, real)[predicts], ref_model.wte.weight.detach()",
+        before="ref = ref_model(before, real, at=at), ref_model.wte.weight.detach()",
+        after="ref = temperature * ref_model(before, real, at=at), ref_model.wte.weight.detach()",
         symptom="`kl_exact` is not 0 at the first rollout, where policy and reference are the same. From there on it "
         "looks as always, and holds the policy to a reference that was never sampled from.",
         why="The reference is run by itself, often elsewhere and earlier, with the settings of evaluation.",
@@ -644,8 +645,8 @@ BUGS = (
         name="critic-sees-token",
         title="The critic sees the token that it is asked about",
         where="minirlhf.ppo:token_values",
-        before="return critic(tokens[:, :-1])[counted[:, 1:]]",
-        after="return critic(tokens)[counted]",
+        before="return critic(tokens[:, :-1], at=places(counted[:, 1:]))",
+        after="return critic(tokens, at=places(counted))",
         symptom="Nothing that points to it: `reward` rises a little less, the critic is a little worse. What a token "
         "is worth is already in the value that is taken from it, so that much of what it earned is lost.",
         why="The state that a token leads to has the token's own index; the one it is drawn in has one less.",

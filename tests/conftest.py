@@ -19,7 +19,8 @@ hook = install_import_hook("minirlhf", "conftest.typecheck")
 
 import torch  # noqa: E402
 
-from minirlhf.model import GPT, GPTConfig, ScalarModel, init_weights, save_model  # noqa: E402
+from minirlhf.checkpoints import save_model  # noqa: E402
+from minirlhf.model import GPT, GPTConfig, ScalarModel, init_weights, named_weights  # noqa: E402
 from minirlhf.tokenizer import Tokenizer  # noqa: E402
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
@@ -63,10 +64,10 @@ def make_run(tiny_tokenizer):
         config = GPTConfig(tokenizer.vocab_size, n_positions, n_layer=2, n_head=2, n_embd=32)
         model = ScalarModel(config) if scalar else GPT(config)
         init_weights(model, seed)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # whatever fresh weights are like, these tell texts apart and are sure of nothing
+        for name, weight in named_weights(model).items():
+            if weight.dim() > 1:  # whatever fresh weights are like, these tell texts apart and are sure of nothing
                 deviation = 0.7 if name == "score.weight" else 0.04 if name.endswith("proj.weight") else 0.08
-                parameter.data.mul_(deviation / parameter.std())
+                weight.mul_(deviation / weight.std())
         save_model(model, folder, tokenizer.eot)
         tokenizer.save(folder)
         info = {"script": "train_rm" if scalar else "train_sft", "arguments": {}, "seed": seed, "finished": True}

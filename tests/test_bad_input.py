@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minirlhf.model import load_model
+from minirlhf.checkpoints import load_model
 from minirlhf.runs import cli
 from minirlhf.tokenizer import Tokenizer
 
@@ -283,6 +283,20 @@ def edit(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def in_parts(folder):
+    """Write a model's one file as two; both, and their index."""
+    whole = folder / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    places = {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(tensors)}
+    parts = [folder / f"model-{i}.safetensors" for i in (1, 2)]
+    for part in parts:
+        save_file({name: tensors[name] for name, place in places.items() if place == part.name}, part)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return *parts, index
+
+
 DAMAGES = {
     "weights missing": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing; "),
     "weights cut off": (lambda f: os.truncate(f / "model.safetensors", 20_000),
@@ -298,6 +312,12 @@ DAMAGES = {
     "config cut off": (lambda f: os.truncate(f / "config.json", 30), "config.json: not valid JSON"),
     "config of no shape": (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'),
                            "config.json: the model's shape is not there"),
+    "another vocabulary": (lambda f: edit(f / "config.json", vocab_size=1000),
+                           "model.safetensors: transformer.wte.weight has shape"),
+    "larger tokenizer": (lambda f: Tokenizer.train([json.dumps(GOOD)], 310).save(f), "310 tokens, the model only "),
+    "a part missing": (lambda f: in_parts(f)[0].unlink(), "model-1.safetensors is missing, but model.safetensors."),
+    "a part cut off": (lambda f: os.truncate(in_parts(f)[1], 1000), "model-2.safetensors: cut off or damaged"),
+    "index cut off": (lambda f: os.truncate(in_parts(f)[2], 90), "index.json: cut off or corrupt, not valid JSON; "),
     "tokenizer missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: no such file; "),
     "tokenizer cut off": (lambda f: os.truncate(f / "tokenizer.json", 500), "tokenizer.json: cut off or corrupt"),
     "not finished": (lambda f: edit(f / "run.json", finished=False), "is not finished; go on with --resume"),
@@ -355,15 +375,27 @@ def test_an_input_that_names_nothing_is_named(refused, command, flag):
     assert "no such folder; " in line
 
 
-def test_no_name_of_a_hub_is_promised(refused, run):
-    """Weights come from folders: gpt2 is no more than the name of one."""
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_name_of_the_hub_without_a_network(here, refused, monkeypatch, offline):
+    """A hub that does not answer, or that may not be asked: one line, and nothing is written."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    for command in COMMANDS:
+        for name in ("gpt2", "somebody/gpt2") if command != "rewards" else ():
+            assert refused(command, *reading(command, good_file(command), policy=name)) == (
+                f"error: {name}: no such folder, and the hub cannot be reached, nor is all of it in its cache; connect "
+                "to the network, or give a local folder\n"
+            )
+
+
+def test_which_names_are_taken_from_the_hub_is_said(run):
     for command in SCRIPTS:
-        assert refused(command, *reading(command, good_file(command)), "--init", "gpt2").startswith(
-            "error: gpt2: no such folder; name a run, or any folder in Hugging Face's GPT-2 format"
-        )
         code, out, _ = run(command, "--help")
         assert code == 0
-        assert "gpt2" not in " ".join(out.split()).partition("--init")[2].partition("--config")[0].partition("--n ")[0]
+        init = " ".join(out.split()).partition("--init ")[2].partition("--n ")[0]
+        assert "gpt2," in init
+        assert "ORG/NAME" in init
 
 
 def test_a_default_input_is_only_trained_for_the_embedded_world(refused):

@@ -25,7 +25,7 @@ from minirlhf.dpo import (
     train,
     with_reference,
 )
-from minirlhf.model import GPT, GPTConfig, clone, init_weights
+from minirlhf.model import GPT, GPTConfig, clone, init_weights, named_weights
 from minirlhf.runs import Run, RunArgs, cosine_lr
 
 CONTEXT = 48
@@ -46,9 +46,9 @@ def tiny(tiny_tokenizer):
         model = GPT(GPTConfig(tiny_tokenizer.vocab_size, CONTEXT, n_layer=1, n_head=2, n_embd=16))
         init_weights(model, seed)
         generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.data.normal_(0.0, 0.2, generator=generator)
+        for weight in named_weights(model).values():
+            if weight.dim() > 1:
+                weight.normal_(0.0, 0.2, generator=generator)
         return model
 
     return make

@@ -16,7 +16,7 @@ from minirlhf import InputError, helpdesk
 from minirlhf.evaluate import Args, bootstrap_interval, distinct_n, main, sequence_stats, win_rate, wins
 from minirlhf.generate import Sampling, generate
 from minirlhf.rewards import RewardModelScorer, TokenText, score
-from minirlhf.runs import cli, load_run, seeded
+from minirlhf.runs import cli, load_run, mix, seeded
 from minirlhf.tokenizer import Tokenizer
 
 # --- win rate and interval ---
@@ -84,7 +84,7 @@ PROMPTS = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8], [9, 9]]
 
 
 def drawn_from(model, prompts, seed, eot, temperature=1.0, limit=10):
-    drawn = generate(model, prompts, eot, limit, seeded(seed), Sampling(temperature=temperature))
+    drawn = generate(model, prompts, eot, limit, seed, Sampling(temperature=temperature))
     return [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
 
 
@@ -217,8 +217,8 @@ def test_report_says_what_the_responses_say(here):
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     gold = {}
     for i, (name, model) in enumerate((("sft", sft), ("ppo", ppo))):
-        # What `main` drew, drawn again: the stream depends on the seed, the row and the batch.
-        drawn = generate(model, ids, tokenizer.eot, 20, seeded(0, i, 0))
+        # What `main` drew, drawn again: it depends on the seed, the row and the prompt's place.
+        drawn = generate(model, ids, tokenizer.eot, 20, mix(0, i))
         tokens = [row[keep].tolist() for row, keep in zip(drawn.responses, drawn.mask)]
         own, got = [row for row in rows if row["run"] == name], report["runs"][name]
         assert [row["response"] for row in own] == [tokenizer.decode(row) for row in tokens]

@@ -97,7 +97,7 @@ def test_what_is_drawn_follows_the_list(temperature):
     p = exact.log_probs(world, policy, temperature).detach().double().exp()
     n, place = 4000, {response: k for k, response in enumerate(world.responses)}
     prompts = [list(prompt) for prompt in world.prompts for _ in range(n)]
-    drawn = generate(policy, prompts, world.eot, world.length, seeded(7), Sampling(temperature))
+    drawn = generate(policy, prompts, world.eot, world.length, 7, Sampling(temperature))
     counts = torch.zeros_like(p)
     for row, (tokens, keep, truncated) in enumerate(zip(drawn.responses, drawn.mask, drawn.truncated)):
         k = place[tuple(tokens[keep].tolist())]

@@ -21,7 +21,7 @@ import minirlhf.explain as explain
 import minirlhf.ppo as ppo
 from minirlhf import InputError
 from minirlhf.explain import COLUMNS, Explained, page, table, token_text, totals, visible
-from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights
+from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights, named_weights
 from minirlhf.ppo import PPOConfig, clipped, policy_loss, rollout, spread, train
 from minirlhf.runs import Run, RunArgs, cli
 from minirlhf.tokenizer import Tokenizer
@@ -39,9 +39,9 @@ def gpt(tokenizer, seed: int) -> GPT:
     model = GPT(GPTConfig(tokenizer.vocab_size, 32, n_layer=1, n_head=2, n_embd=16))
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0.0, 0.2, generator=generator)
+    for weight in named_weights(model).values():
+        if weight.dim() > 1:
+            weight.normal_(0.0, 0.2, generator=generator)
     model.ln_f.bias.data.copy_(6.0 * model.wte.weight.data[tokenizer.eot])
     return model
 
@@ -83,7 +83,7 @@ def go(folder, models, tokenizer, config=CONFIG, *, explain=8, resume=False, die
     def prompts_at(step):
         return [PROMPTS[(step + i) % 4] for i in range(config.batch_size)]
 
-    train(policy, ref, critic, Share(), prompts_at, tokenizer, config, run, seed=3, dtype=dtype, explain=explain)
+    train(policy, ref, critic, Share(), prompts_at, tokenizer, config, run, seed=7, dtype=dtype, explain=explain)
     return records(folder) if explain else []
 
 

@@ -108,15 +108,88 @@ def test_tiles_of_rows_and_of_columns(monkeypatch, device, dtype, with_reference
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_reference", [False, True])
 @pytest.mark.parametrize("rows", [0, 3])
-def test_opcheck(device, with_reference, rows):
+@pytest.mark.parametrize("vocab_size", [None, 29])
+def test_opcheck(device, with_reference, rows, vocab_size):
     hidden, weight, t, *reference = case(rows, 8, 33, device=device)
+    t = t.clamp(max=28)
     reference = reference if with_reference else [None, None]
     ops = torch.ops.minirlhf
-    stats, saved = ops.linear_token_stats(hidden, weight, t, *reference, 0.7, IGNORED)
-    backward = (torch.randn_like(stats), hidden, weight, t, *reference, saved, 0.7, IGNORED, True, True)
+    stats, saved = ops.linear_token_stats(hidden, weight, t, *reference, 0.7, IGNORED, vocab_size)
+    backward = (torch.randn_like(stats), hidden, weight, t, *reference, saved, 0.7, IGNORED, True, True, vocab_size)
     opcheck(ops.linear_token_stats_backward.default, backward)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
-    opcheck(ops.linear_token_stats.default, (*leaves, t, *reference, 0.7, IGNORED))
+    opcheck(ops.linear_token_stats.default, (*leaves, t, *reference, 0.7, IGNORED, vocab_size))
+
+
+def with_padding(weight, rows, fill=NAN):
+    """More rows below, which pad the vocabulary; whoever reads them is told by a NaN."""
+    return torch.cat([weight, weight.new_full((rows, weight.shape[1]), fill)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("small_tiles", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "padding", "ref_padding"), [(9, 61, 3, 3), (33, 1021, 3, 130), (1, 1, 63, 0)]
+)
+def test_rows_that_pad_the_vocabulary(
+    monkeypatch, device, kernel, dtype, small_tiles, rows, vocab, padding, ref_padding
+):
+    """To the bit what the weight without them gives; their gradient is exactly 0, whatever stands in them."""
+    if small_tiles:  # sums over several tiles of rows; the last tile of columns ends with the vocabulary
+        monkeypatch.setattr(fused, "TILE_ROWS", {device: 5})
+        monkeypatch.setattr(fused, "TILE_ELEMENTS", {device: 5 * 300})
+    hidden, weight, t, ref_hidden, ref_weight = case(rows, 8, vocab, dtype, device=device)
+    for reference in ((), (ref_hidden, ref_weight)):
+        want, g, (d_hidden, d_weight) = run(kernel, hidden, weight, t, *reference, temperature=0.7)
+        padded = [hidden, with_padding(weight, padding), t]
+        padded += [ref_hidden, with_padding(ref_weight, ref_padding)] if reference else []
+        got, _, grads = run(kernel, *padded, upstream=g, temperature=0.7, vocab_size=vocab)
+        assert torch.equal(got, want)
+        assert torch.equal(grads[0], d_hidden)
+        assert torch.equal(grads[1][:vocab], d_weight)
+        assert (grads[1][vocab:] == 0).all()
+        assert grads[1].shape == padded[1].shape
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_padding_rows_and_nothing_that_counts(kernel):
+    hidden, weight, t, _, _ = case(4, 8, 61)
+    for rows in (4, 0):
+        ignored = torch.full_like(t[:rows], IGNORED)
+        stats, _, grads = run(kernel, hidden[:rows], with_padding(weight, 3), ignored, vocab_size=61)
+        assert (stats == 0).all()
+        assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_padding_rows_under_autocast(kernel):
+    hidden, weight, t, ref_hidden, ref_weight = case(9, 16, 61)
+    with torch.autocast("cpu", torch.bfloat16):
+        want, g, grads = run(kernel, hidden, weight, t, ref_hidden, ref_weight)
+        padded = hidden, with_padding(weight, 3), t, ref_hidden, with_padding(ref_weight, 3)
+        got, _, padded_grads = run(kernel, *padded, upstream=g, vocab_size=61)
+    assert torch.equal(got, want)
+    assert torch.equal(padded_grads[1][:61], grads[1])
+    assert (padded_grads[1][61:] == 0).all()
+
+
+def test_padding_costs_no_second_gradient_of_the_weight():
+    """Slicing the weight would: its backward writes a gradient as large as the weight around the one of the slice."""
+    hidden, weight, t, _, _ = case(4, 64, 50000)
+    weight, size = with_padding(weight, 48), 50048 * 64 * 4
+
+    def backward(**options):
+        w = weight.detach().requires_grad_()
+        stats = unchecked(hidden, w if options else w[:50000], t, kernel="fused", **options)
+        return torch.autograd.grad(stats.logprobs.sum(), w)[0]
+
+    backward(vocab_size=50000)
+    extra, grad = peak_extra_bytes(lambda: backward(vocab_size=50000), "cpu")
+    sliced, want = peak_extra_bytes(backward, "cpu")
+    assert torch.equal(grad, want)
+    assert size <= extra < 1.5 * size < sliced
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -314,6 +387,15 @@ H, W, T = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch
         (ValueError, "ref_hidden must have shape (2, 3, 4), got (1, 3, 4)", (H, W, T, H[:1], W), {}),
         (ValueError, "ref_weight must have shape (5, D), got (4, 4)", (H, W, T, H, W[:4]), {}),
         (ValueError, "ref_hidden must have shape (2, 3, 2), got (2, 3, 4)", (H, W, T, H, W[:, :2]), {}),
+        (ValueError, "vocab_size must lie in [1, 5], the rows of weight, got 6", (H, W, T), {"vocab_size": 6}),
+        (ValueError, "vocab_size must lie in [1, 5], the rows of weight, got 0", (H, W, T), {"vocab_size": 0}),
+        (
+            ValueError,
+            "vocab_size must lie in [1, 3], the rows of ref_weight, got 4",
+            (H, W, T, H, W[:3]),
+            {"vocab_size": 4},
+        ),
+        (ValueError, "target 4 is outside the vocabulary [0, 4)", (H, W, T + 4), {"vocab_size": 4}),
         (ValueError, "temperature must be a positive number, got 0", (H, W, T), {"temperature": 0.0}),
         (ValueError, "target 5 is outside the vocabulary [0, 5)", (H, W, T + 5), {}),
         (ValueError, "target -1 is outside the vocabulary [0, 5)", (H, W, T - 1), {}),

@@ -1,32 +1,20 @@
-"""model: GPT-2 as transformers computes it, padding, the KV cache, initialisation, files in and out."""
+"""model: padding, packing, the head, initialisation; test_checkpoints.py asks transformers."""
 
 import dataclasses
-import json
 import math
-import pickle
-import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPT2Model,
-)
 
 from minirlhf import InputError
 from minirlhf.data import Example, pack
+from minirlhf.generate import generate
 from minirlhf.model import (
     GPT,
     GPTConfig,
-    KVCache,
     ScalarModel,
     _attention_mask,
     adamw,
@@ -35,9 +23,9 @@ from minirlhf.model import (
     init_head,
     init_weights,
     last_token,
-    load_model,
+    named_weights,
+    packed_logps,
     response_stats,
-    save_model,
     scatter_counted,
 )
 from minirlhf.token_stats import token_stats
@@ -50,19 +38,15 @@ few = settings(deadline=None, max_examples=25)
 def rough(model, seed=0):
     """Weights far from their start, biases and norms too, so that every one of them matters to the result."""
     g = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=g)
-        parameter.data.copy_(noise * 0.2 + (1.0 if "ln_" in name and name.endswith("weight") else 0.0))
+    ours = isinstance(model, (GPT, ScalarModel))  # or one of transformers', which has no padding
+    for name, weight in (named_weights(model) if ours else {n: p.data for n, p in model.named_parameters()}).items():
+        noise = torch.randn(weight.shape, generator=g)
+        weight.copy_(noise * 0.2 + (1.0 if "ln_" in name and name.endswith("weight") else 0.0))
     return model.eval()
 
 
 def tokens_of(*shape, seed=0, vocab=CONFIG.vocab_size):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def hf_config(**changes):
-    shape = {"vocab_size": 61, "n_positions": 24, "n_layer": 3, "n_head": 4, "n_embd": 32}
-    return GPT2Config(**{**shape, "bos_token_id": EOT, "eos_token_id": EOT, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -73,97 +57,6 @@ def gpt():
 @pytest.fixture(scope="module")
 def scalar():
     return rough(ScalarModel(CONFIG), seed=1)
-
-
-@pytest.fixture
-def saved(gpt, tmp_path):
-    """A folder with a language model, to be damaged."""
-    save_model(gpt, tmp_path / "run", EOT)
-    return tmp_path / "run"
-
-
-# --- against transformers ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def test_theirs_loads_into_ours(tmp_path):
-    theirs = rough(GPT2LMHeadModel(hf_config()))
-    theirs.save_pretrained(tmp_path)
-    ours = load_model(tmp_path)
-    tokens = tokens_of(3, 24)
-    torch.testing.assert_close(ours.logits(ours(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_theirs_without_a_head_loads_too(tmp_path):
-    theirs = rough(GPT2Model(hf_config()))  # OpenAI's own files lack the "transformer." prefix, as these do
-    theirs.save_pretrained(tmp_path)
-    assert "wte.weight" in load_file(tmp_path / "model.safetensors")
-    tokens = tokens_of(2, 10)
-    torch.testing.assert_close(load_model(tmp_path)(tokens), theirs(tokens).last_hidden_state, rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_ours_opens_in_theirs(gpt, saved):
-    theirs, report = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
-    assert isinstance(theirs, GPT2LMHeadModel)
-    assert not any(report.values())  # nothing missing, unexpected or mismatched
-    tokens = tokens_of(3, 24)
-    torch.testing.assert_close(theirs.eval()(tokens).logits, gpt.logits(gpt(tokens)), rtol=0, atol=1e-4)
-    assert theirs.config.eos_token_id == theirs.config.bos_token_id == EOT
-    assert theirs.dtype == torch.float32
-
-
-@torch.no_grad()
-def test_left_padding_is_as_theirs(gpt, saved):
-    theirs = AutoModelForCausalLM.from_pretrained(saved).eval()
-    tokens = tokens_of(2, 9)
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[1, :4] = False
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    want = theirs(tokens, attention_mask=mask.long(), position_ids=positions).logits
-    torch.testing.assert_close(gpt.logits(gpt(tokens, mask))[mask], want[mask], rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_their_scalar_model_loads_into_ours(tmp_path):
-    theirs = rough(GPT2ForSequenceClassification(hf_config(num_labels=1)))
-    theirs.save_pretrained(tmp_path)
-    ours = load_model(tmp_path, scalar=True)
-    for length in (1, 7, 24):
-        tokens = tokens_of(1, length, seed=length)
-        torch.testing.assert_close(ours(tokens)[:, -1], theirs(tokens).logits[:, 0], rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_our_scalar_model_opens_in_theirs(scalar, tmp_path):
-    save_model(scalar, tmp_path, EOT)
-    theirs, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
-    assert isinstance(theirs, GPT2ForSequenceClassification)
-    assert not any(report.values())
-    for length in (1, 7, 24):
-        tokens = tokens_of(1, length, seed=length)
-        tokens[:, -1] = EOT  # the whole sequence counts, its end-of-text too
-        torch.testing.assert_close(theirs.eval()(tokens).logits[:, 0], scalar(tokens)[:, -1], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("is_scalar", [False, True])
-def test_saved_and_loaded_is_the_same_to_the_bit(gpt, scalar, is_scalar, tmp_path):
-    model = scalar if is_scalar else gpt
-    save_model(model, tmp_path / "deep" / "run", EOT)
-    again = load_model(tmp_path / "deep" / "run", scalar=is_scalar)
-    assert again.config == model.config
-    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values()):
-        assert torch.equal(a, b), name
-    assert sorted(p.name for p in (tmp_path / "deep" / "run").iterdir()) == ["config.json", "model.safetensors"]
-
-
-def test_half_precision_files_load_as_float32(gpt, saved):
-    weights = {name: tensor.half() for name, tensor in load_file(saved / "model.safetensors").items()}
-    save_file(weights, saved / "model.safetensors")
-    again = load_model(saved)
-    assert all(p.dtype == torch.float32 for p in again.parameters())
-    torch.testing.assert_close(again.wte.weight, gpt.wte.weight.half().float())
 
 
 # --- padding ----------------------------------------------------------------------------------------------------------
@@ -245,10 +138,9 @@ def test_a_row_of_nothing_but_padding_stays_finite_and_alone(gpt):
 def test_every_position_may_look_at_something():
     # Softmax over nothing is NaN in some attention kernels, so padding must see itself at least.
     real = torch.tensor([[False, False, True, False], [False] * 4])
-    for new in (1, 2, 4):
-        looks = _attention_mask(real, new)
-        assert looks.shape == (2, 1, new, 4)
-        assert looks.any(-1).all()
+    looks = _attention_mask(real)
+    assert looks.shape == (2, 1, 4, 4)
+    assert looks.any(-1).all()
 
 
 @torch.no_grad()
@@ -349,7 +241,7 @@ def test_a_packed_row_may_be_longer_than_the_context_but_no_sequence_may(gpt):
         packed_states(gpt, lay_out([[[*prompt, 1, 2, 3, 4, 5], [*prompt, 2]]], EOT))
 
 
-# --- causality and the cache ------------------------------------------------------------------------------------------
+# --- causality --------------------------------------------------------------------------------------------------------
 
 
 @few
@@ -367,39 +259,6 @@ def test_a_token_changes_no_state_before_it(gpt, at, left, new):
     assert moved.all()  # and it does change its own state and every later one
 
 
-CUTS = st.lists(st.integers(1, 6), min_size=1, max_size=6)
-
-
-@few
-@given(lengths=st.lists(st.integers(1, 8), min_size=1, max_size=4), steps=CUTS, seed=st.integers(0, 99))
-@torch.no_grad()
-def test_the_cache_gives_what_the_whole_sequence_gives(gpt, lengths, steps, seed):
-    """Ragged, left-padded prompts, then chunks of one token or several."""
-    steps = steps[: max(1, next((i for i in range(len(steps)) if sum(steps[: i + 1]) > 16), len(steps)))]
-    B, P, R = len(lengths), max(lengths), sum(steps)
-    tokens = tokens_of(B, P + R, seed=seed)
-    mask = torch.ones(B, P + R, dtype=torch.bool)
-    for i, length in enumerate(lengths):
-        mask[i, : P - length] = False
-    cache = KVCache(CONFIG, B, P + R, torch.device("cpu"), torch.float32)
-    parts = [gpt(tokens[:, :P], mask[:, :P], cache)]
-    for step in steps:
-        parts.append(gpt(tokens[:, cache.length : cache.length + step], None, cache))
-    torch.testing.assert_close(torch.cat(parts, dim=1)[mask], gpt(tokens, mask)[mask], rtol=0, atol=1e-5)
-    assert cache.length == P + R
-
-
-@torch.no_grad()
-def test_the_cache_takes_padding_among_the_new_tokens(gpt):
-    # A row that has ended is given padding while the others go on.
-    tokens = tokens_of(2, 7)
-    mask = torch.tensor([[True] * 7, [False] + [True] * 3 + [False, False, True]])
-    cache = KVCache(CONFIG, 2, 7, torch.device("cpu"), torch.float32)
-    parts = [gpt(tokens[:, :4], mask[:, :4], cache)]
-    parts += [gpt(tokens[:, t : t + 1], mask[:, t : t + 1], cache) for t in (4, 5, 6)]
-    torch.testing.assert_close(torch.cat(parts, dim=1)[mask], gpt(tokens, mask)[mask], rtol=0, atol=1e-5)
-
-
 @torch.no_grad()
 def test_sequences_longer_than_the_context_are_refused(gpt):
     gpt(tokens_of(1, 24))
@@ -411,10 +270,6 @@ def test_sequences_longer_than_the_context_are_refused(gpt):
     mask[:, 5] = True
     with pytest.raises(ValueError, match="25 tokens exceed the context of 24"):
         gpt(tokens, mask)
-    cache = KVCache(CONFIG, 1, 30, torch.device("cpu"), torch.float32)
-    gpt(tokens_of(1, 24), None, cache)
-    with pytest.raises(ValueError, match="25 tokens exceed the context of 24"):
-        gpt(tokens_of(1, 1), None, cache)
 
 
 # --- statistics of the response ---------------------------------------------------------------------------------------
@@ -455,28 +310,96 @@ def test_response_stats_of_nothing(gpt):
     assert response_stats(gpt, tokens, counted).logprobs.shape == (0,)
 
 
+# --- the rows that pad the vocabulary ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(1, 64), (61, 64), (64, 64), (65, 128), (50257, 50304)])
+def test_the_vocabulary_is_padded_to_a_multiple_of_64(vocab, rows):
+    config = GPTConfig(vocab, n_positions=1, n_layer=1, n_head=1, n_embd=1)
+    assert (config.vocab_size, config.padded_vocab_size) == (vocab, rows)
+    model = GPT(config)
+    assert model.wte.weight.shape == (rows, 1)
+    assert (model.wte.weight[:vocab] != 0).any()
+    assert (model.wte.weight[vocab:] == 0).all()
+    init_weights(model, seed=0)
+    assert (model.wte.weight[vocab:] == 0).all()
+    weights = named_weights(model)
+    assert list(weights) == [name for name, _ in model.named_parameters()]
+    assert weights["wte.weight"].shape == (vocab, 1)
+    assert weights["wte.weight"].data_ptr() == model.wte.weight.data_ptr()  # a view
+
+
+@pytest.mark.parametrize("kernel", ["fused", "reference"])
+@torch.no_grad()
+def test_what_pads_the_vocabulary_is_never_read(gpt, kernel):
+    """Whatever stood in those rows: no logit, no probability, no draw depends on it."""
+    policy, reference = clone(gpt), rough(GPT(CONFIG), seed=5)
+    tokens = tokens_of(3, 12)
+    packed = lay_out(MADE_UP, EOT)
+
+    def seen():
+        stats = response_stats(policy, tokens, torch.ones_like(tokens, dtype=torch.bool), reference, kernel=kernel)
+        logps = packed_logps(policy, packed_states(policy, packed)[packed.predictors], packed, kernel=kernel)
+        drawn = generate(policy, tokens.tolist(), EOT, 12, 0, kernel=kernel)[:4]
+        return [policy.logits(policy(tokens)), *stats, logps, *drawn]
+
+    clean = seen()
+    assert clean[0].shape == (3, 12, CONFIG.vocab_size)
+    for model, spoilt in ((policy, math.nan), (reference, math.inf)):
+        model.wte.weight.data[CONFIG.vocab_size :] = spoilt
+    for a, b in zip(seen(), clean, strict=True):
+        assert torch.equal(a, b)
+    assert torch.isfinite(torch.cat(clean[1:5])).all()
+
+
+@pytest.mark.parametrize("kernel", ["fused", "reference"])
+def test_what_pads_the_vocabulary_stays_zero_in_training(kernel):
+    """Through every loss on the logits, through Adam's moments and through a decay that nothing else survives."""
+    model, reference = rough(GPT(CONFIG)), rough(GPT(CONFIG), seed=5)
+    optimizer = adamw(model, 0.01, weight_decay=5.0)
+    tokens = tokens_of(3, 12)
+    before = model.wte.weight.detach().clone()
+    for _ in range(5):
+        stats = response_stats(model, tokens, torch.ones_like(tokens, dtype=torch.bool), reference, kernel=kernel)
+        loss = (
+            stats.kl.mean()
+            - stats.logprobs.mean()
+            - stats.entropy.mean()
+            + model.logits(model(tokens)).logsumexp(-1).mean()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        assert (model.wte.weight.grad[: CONFIG.vocab_size] != 0).all()
+        optimizer.step()
+    padding = [model.wte.weight.grad, model.wte.weight, *optimizer.state[model.wte.weight].values()]
+    for tensor in (tensor for tensor in padding if tensor.dim()):
+        assert (tensor[CONFIG.vocab_size :] == 0).all()
+    assert (model.wte.weight[: CONFIG.vocab_size] != before[: CONFIG.vocab_size]).all()
+
+
 # --- the head, initialisation, decay, copies --------------------------------------------------------------------------
 
 
 def test_the_head_is_the_token_embedding(gpt):
     hidden = torch.randn(2, 3, CONFIG.n_embd, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gpt.logits(hidden), hidden @ gpt.wte.weight.T)
+    torch.testing.assert_close(gpt.logits(hidden), hidden @ gpt.wte.weight[: CONFIG.vocab_size].T)
     assert not any("head" in name for name, _ in gpt.named_parameters())
     grad = torch.autograd.grad(gpt.logits(hidden).sum(), gpt.wte.weight)[0]
-    assert (grad != 0).all()
+    assert (grad[: CONFIG.vocab_size] != 0).all()
 
 
 def test_parameter_count():
     # GPT-2's smallest model has 124,439,808 parameters.
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768))
-    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    assert sum(weight.numel() for weight in named_weights(model).values()) == 124_439_808
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808 + (50304 - 50257) * 768
 
 
 def test_initial_weights():
     model = ScalarModel(GPTConfig(vocab_size=500, n_positions=64, n_layer=8, n_head=4, n_embd=256))
     init_weights(model, seed=0)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_weights(model).items():
         if "ln_" in name:
             assert (parameter == (1.0 if name.endswith("weight") else 0.0)).all(), name
         elif name.endswith("bias"):
@@ -505,6 +428,19 @@ def test_an_untrained_model_knows_nothing_and_its_width_does_not_matter(width):
         deviations.append(logits.std())
     assert torch.stack(losses).mean().item() == pytest.approx(math.log(CONFIG.vocab_size) + 0.8**2 / 2, abs=0.1)
     assert torch.stack(deviations).mean().item() == pytest.approx(0.8, abs=0.05)
+
+
+@pytest.mark.parametrize("vocab", [1, 61, 128])
+def test_initial_weights_do_not_know_of_the_padding(vocab):
+    """The numbers are drawn as for a model without it, in the order of the parameters."""
+    model = ScalarModel(dataclasses.replace(CONFIG, vocab_size=vocab))
+    init_weights(model, seed=4)
+    g, std = torch.Generator().manual_seed(4), 0.8 / math.sqrt(32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            deviation = 0.01 if name == "score.weight" else std / math.sqrt(6) if "proj" in name else std
+            shape = (vocab, 32) if name == "trunk.wte.weight" else parameter.shape
+            assert torch.equal(parameter[: shape[0]], torch.empty(shape).normal_(0.0, deviation, generator=g)), name
 
 
 @pytest.mark.parametrize("kind", [GPT, ScalarModel])
@@ -586,160 +522,3 @@ def test_impossible_shapes_are_refused(wrong, message):
     with pytest.raises(InputError) as caught:
         GPTConfig(**{"vocab_size": 61, "n_embd": 32, "n_head": 4, **wrong})
     assert str(caught.value) == message
-
-
-# --- what cannot be loaded --------------------------------------------------------------------------------------------
-
-
-def refused(folder, *parts, scalar=False):
-    """load_model must refuse the folder in one line that holds all `parts`."""
-    with pytest.raises(InputError) as caught:
-        load_model(folder, scalar=scalar)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(folder) in message
-    for part in parts:
-        assert part in message
-
-
-def set_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def test_missing_folder(tmp_path):
-    refused(tmp_path / "nothing", "no such folder")
-
-
-def test_missing_config(saved):
-    (saved / "config.json").unlink()
-    refused(saved, "config.json is missing")
-
-
-def test_missing_weights(saved):
-    (saved / "model.safetensors").unlink()
-    refused(saved, "model.safetensors is missing")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.00005, 0.01, 0.5, 0.999])
-def test_cut_off_weights(saved, share):
-    path = saved / "model.safetensors"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    refused(saved, "model.safetensors", "cut off or damaged")
-
-
-class Bomb:
-    """Unpickling this makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.pth", "model.pkl"])
-def test_a_pickle_instead_of_the_weights(saved, tmp_path, name):
-    (saved / "model.safetensors").unlink()
-    (saved / name).write_bytes(pickle.dumps({"wte.weight": Bomb(tmp_path / "exploded")}))
-    refused(saved, name, "pickled weights are refused", "model.safetensors")
-    assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5, "torch", "torch legacy"])
-def test_a_pickle_named_as_the_weights(saved, tmp_path, protocol):
-    path, content = saved / "model.safetensors", {"wte.weight": Bomb(tmp_path / "exploded")}
-    if isinstance(protocol, int):
-        path.write_bytes(pickle.dumps(content, protocol))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=protocol == "torch")
-    refused(saved, "model.safetensors", "damaged" if protocol == 0 else "holds a pickle")
-    assert not (tmp_path / "exploded").exists()
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt_neo", None])
-def test_another_architecture(saved, kind):
-    set_config(saved, model_type=kind)
-    refused(saved, "config.json", f"model_type is {kind!r}")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '"gpt2"', "", "null"])
-def test_a_broken_config(saved, content):
-    (saved / "config.json").write_text(content)
-    refused(saved, "config.json")
-
-
-def test_a_config_of_binary_bytes(saved):
-    (saved / "config.json").write_bytes(b"\xff\xfe\x00{")
-    refused(saved, "config.json", "not valid JSON")
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
-        ({"n_inner": 48}, "n_inner is 48"),
-        ({"n_layer": "many"}, "the model's shape is not there"),
-        ({"n_layer": 0}, "n_layer must be at least 1"),
-        ({"n_head": 5}, "n_head must divide n_embd"),
-    ],
-)
-def test_another_gpt2(saved, changes, what):
-    set_config(saved, **changes)
-    refused(saved, "config.json", what)
-
-
-def test_a_config_without_the_shape(saved):
-    path = saved / "config.json"
-    config = json.loads(path.read_text())
-    del config["n_embd"]
-    path.write_text(json.dumps(config))
-    refused(saved, "config.json", "n_embd")
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [({"n_embd": 64}, "wte.weight"), ({"n_positions": 48}, "wpe.weight"), ({"vocab_size": 62}, "wte.weight")],
-)
-def test_shapes_that_do_not_fit(saved, changes, name):
-    set_config(saved, **changes)
-    refused(saved, "model.safetensors", f"transformer.{name} has shape", "config.json asks for")
-
-
-def test_a_tensor_too_few(saved):
-    set_config(saved, n_layer=4)
-    refused(saved, "model.safetensors", "transformer.h.3.", "is missing")
-
-
-def test_language_model_and_reward_model_are_not_mixed_up(saved, scalar, tmp_path):
-    refused(saved, "a language model, not a reward model", scalar=True)
-    save_model(scalar, tmp_path / "rm", EOT)
-    refused(tmp_path / "rm", "a reward model, not a language model")
-
-
-def test_a_classifier_with_two_labels_is_refused(tmp_path):
-    GPT2ForSequenceClassification(hf_config(num_labels=2)).save_pretrained(tmp_path)
-    refused(tmp_path, "score.weight has shape (2, 32)", scalar=True)
-
-
-def test_a_failed_save_leaves_the_old_files(gpt, saved, monkeypatch):
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
-
-    def fail(weights, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("minirlhf.model.save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save_model(rough(GPT(CONFIG), seed=9), saved, EOT)
-    assert all((saved / name).read_bytes() == content for name, content in before.items())
-    assert torch.equal(load_model(saved).wte.weight, gpt.wte.weight)
-
-
-def test_a_copied_folder_is_as_good(gpt, saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "copy")
-    assert torch.equal(load_model(str(tmp_path / "copy")).wte.weight, gpt.wte.weight)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import minirlhf.ppo as ppo
 from minirlhf import InputError
-from minirlhf.model import GPT, GPTConfig, ScalarModel, adamw, clone, init_weights
+from minirlhf.model import GPT, GPTConfig, ScalarModel, adamw, clone, init_weights, named_weights
 from minirlhf.ppo import (
     PPOConfig,
     adapt_kl_coef,
@@ -32,7 +32,7 @@ from minirlhf.ppo import (
     value_loss,
     whiten,
 )
-from minirlhf.runs import Run, RunArgs, cosine_lr, seeded
+from minirlhf.runs import Run, RunArgs, cosine_lr
 from minirlhf.token_stats import linear_token_stats
 
 CONTEXT = 32
@@ -44,9 +44,9 @@ def gpt(tokenizer, seed: int = 0, ends: float = 6.0) -> GPT:
     model = GPT(GPTConfig(tokenizer.vocab_size, CONTEXT, n_layer=1, n_head=2, n_embd=16))
     init_weights(model, seed)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.data.normal_(0.0, 0.2, generator=generator)
+    for weight in named_weights(model).values():
+        if weight.dim() > 1:
+            weight.normal_(0.0, 0.2, generator=generator)
     model.ln_f.bias.data.copy_(ends * model.wte.weight.data[tokenizer.eot])
     return model
 
@@ -476,7 +476,7 @@ def test_scores_are_clipped_and_the_unfinished_pay():
 def test_a_rollout_is_laid_out_as_it_was_drawn(tiny, tiny_tokenizer, temperature):
     policy, eot = tiny(), tiny_tokenizer.eot
     prompts, limits = PROMPTS * 4, [3, 8, 8, 5] * 4
-    drawn = rollout(policy, prompts, limits, eot, temperature, seeded(0))
+    drawn = rollout(policy, prompts, limits, eot, temperature, 0)
     assert drawn.truncated.any() and not drawn.truncated.all()
     assert len(set(drawn.mask.sum(-1).tolist())) > 3
     retokenised = 0
@@ -502,7 +502,7 @@ def test_a_rollout_is_laid_out_as_it_was_drawn(tiny, tiny_tokenizer, temperature
 def test_a_shared_trunk_gives_what_two_networks_give(tiny, tiny_tokenizer):
     policy, ref = tiny(), tiny(3)
     shared, apart = shared_critic(policy), separate_critic(policy)
-    drawn = rollout(policy, PROMPTS, [6] * 4, tiny_tokenizer.eot, 1.0, seeded(0))
+    drawn = rollout(policy, PROMPTS, [6] * 4, tiny_tokenizer.eot, 1.0, 0)
     for reference in (ref, None):
         one, two = (
             stats_and_values(policy, critic, drawn.tokens, drawn.counted, reference, 0.8, "auto")
@@ -518,7 +518,7 @@ def test_a_shared_trunk_gives_what_two_networks_give(tiny, tiny_tokenizer):
 def test_values_are_read_before_the_token_is_drawn(tiny, tiny_tokenizer):
     policy = tiny()
     critic = separate_critic(policy)
-    drawn = rollout(policy, PROMPTS, [6] * 4, tiny_tokenizer.eot, 1.0, seeded(0))
+    drawn = rollout(policy, PROMPTS, [6] * 4, tiny_tokenizer.eot, 1.0, 0)
     values = ppo.token_values(critic, drawn.tokens, drawn.counted).tolist()
     expected = [
         critic(tokens[None, :t])[0, -1].item()
@@ -746,7 +746,7 @@ def moved(tiny, tiny_tokenizer):
     """A rollout, what is known of it, and the losses of some of its rows after both networks moved."""
     policy, ref = tiny(), clone(tiny(3))
     critic = separate_critic(policy)
-    episodes = rollout(policy, PROMPTS * 2, [3, 7, 7, 5] * 2, tiny_tokenizer.eot, ONE.temperature, seeded(0))
+    episodes = rollout(policy, PROMPTS * 2, [3, 7, 7, 5] * 2, tiny_tokenizer.eot, ONE.temperature, 0)
     experience = ppo.appraise(policy, critic, ref, episodes, torch.linspace(-1, 1, 8), 0.3, ONE)
     with torch.no_grad():
         for parameter in (*policy.parameters(), *critic.parameters()):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import minirlhf.reward_model as reward_model
 from minirlhf import InputError
 from minirlhf.data import Ranking
-from minirlhf.model import GPTConfig, ScalarModel, init_weights
+from minirlhf.model import GPTConfig, ScalarModel, init_weights, named_weights
 from minirlhf.reward_model import (
     MAX_TIED,
     RewardModelConfig,
@@ -50,9 +50,9 @@ def tiny(tiny_tokenizer):
         model = ScalarModel(GPTConfig(tiny_tokenizer.vocab_size, CONTEXT, n_layer=1, n_head=2, n_embd=16))
         init_weights(model, seed)
         generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.data.normal_(0.0, 0.2, generator=generator)
+        for weight in named_weights(model).values():
+            if weight.dim() > 1:
+                weight.normal_(0.0, 0.2, generator=generator)
         return model
 
     return make
@@ -352,7 +352,7 @@ def test_the_score_stands_at_the_last_token_whatever_the_batch(tiny, tiny_tokeni
 def logp_by_hand(model: ScalarModel, example) -> torch.Tensor:
     """log π(y|x) of one response alone, in nats."""
     states = model.trunk(torch.tensor([example.tokens]))[0]
-    table = torch.log_softmax(states @ model.trunk.wte.weight.T, dim=-1)
+    table = torch.log_softmax(model.trunk.logits(states), dim=-1)
     return sum(table[t - 1, example.tokens[t]] for t in range(max(example.start, 1), len(example.tokens)))
 
 

@@ -21,7 +21,8 @@ from torch import nn
 
 import minirlhf.runs as runs
 from minirlhf import InputError
-from minirlhf.model import GPT, GPTConfig, ScalarModel, decay_groups, init_weights, load_model, save_model
+from minirlhf.checkpoints import load_model, save_model
+from minirlhf.model import GPT, GPTConfig, ScalarModel, decay_groups, init_weights
 from minirlhf.runs import (
     Run,
     RunArgs,
@@ -451,7 +452,7 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
         Path(path).write_bytes(kept[: len(kept) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("minirlhf.model.save_file", fail)
+    monkeypatch.setattr("minirlhf.checkpoints.save_file", fail)
     with pytest.raises(OSError, match="no space left"):
         run.checkpoint(2, module=toy(2))
     assert (out / "state" / "checkpoint.safetensors").read_bytes() == kept

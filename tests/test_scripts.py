@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from minirlhf import helpdesk
+from minirlhf.checkpoints import load_model
 from minirlhf.data import as_dict, read_records, write_records
-from minirlhf.model import load_model
 from minirlhf.runs import InputError, cli, load_run
 from minirlhf.tokenizer import Tokenizer
 

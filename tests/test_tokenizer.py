@@ -290,6 +290,51 @@ def test_a_folder_in_place_of_the_file_and_a_file_in_place_of_the_folder(tmp_pat
     _refused(tmp_path / "file", "no such file")
 
 
+@pytest.fixture
+def older(folder: Path, tmp_path: Path) -> Path:
+    """The same tokenizer as GPT-2's own two files hold it."""
+    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + lines, "utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_vocab_and_merges_load_too(tokenizer: Tokenizer, older: Path, end: str) -> None:
+    merges = older / "merges.txt"
+    merges.write_bytes(merges.read_bytes().replace(b"\n", end.encode()))
+    assert Tokenizer.load(older) == tokenizer
+    (older / "tokenizer_config.json").write_text('{"model_max_length": 1024}')  # as published with GPT-2
+    assert Tokenizer.load(older) == tokenizer
+    (older / "tokenizer.json").write_text("{")  # the newer file counts where there is one
+    _refused(older, "not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("vocab.json", b"{", "not valid JSON"),
+        ("vocab.json", b"[]", "not the content of a vocab.json"),
+        ("vocab.json", b"{}", "not its last id"),
+        ("vocab.json", b'{"<|endoftext|>": 0}', "not 256 bytes"),
+        ("merges.txt", b"\xff\xfe", "not valid UTF-8"),
+        ("merges.txt", b"", "order of its ids"),
+        ("merges.txt", b"#version: 0.2\nonly\n", "not the content of a vocab.json"),
+        ("merges.txt", None, "no such file; name a folder that holds a tokenizer.json, or vocab.json and merges.txt"),
+        ("tokenizer_config.json", b"{", "not valid JSON"),
+        ("tokenizer_config.json", b'{"add_prefix_space": true}', "splits text in another way"),
+        ("tokenizer_config.json", b'{"add_bos_token": true}', "adds tokens to a text"),
+    ],
+)
+def test_broken_vocab_and_merges_are_named(older: Path, name: str, content: bytes | None, words: str) -> None:
+    (older / name).unlink(missing_ok=True)
+    if content is not None:
+        (older / name).write_bytes(content)
+    unread = "not valid" in words or "no such file" in words
+    _refused(older, words, name if unread else "vocab.json")
+
+
 def _change(where: str, value: object) -> object:
     """A function that sets one entry, e.g. "model.type", in the content of a tokenizer.json."""
 
@@ -353,11 +398,11 @@ def test_other_tokenizers_are_refused_by_name(folder: Path, tmp_path: Path, chan
     _refused(tmp_path, words)
 
 
-def _refused(folder: Path, words: str) -> None:
+def _refused(folder: Path, words: str, name: str = "tokenizer.json") -> None:
     with pytest.raises(InputError) as error:
         Tokenizer.load(folder)
     message = str(error.value)
-    assert message.startswith(f"{folder / 'tokenizer.json'}: ")
+    assert message.startswith(f"{folder / name}: ")
     assert words in message
     assert "; " in message, "a cure follows"
     assert "\n" not in message

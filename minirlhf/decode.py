@@ -1,0 +1,355 @@
+"""The network as sampling runs it: one new token a row and step, keys and values kept, and nothing computed twice.
+
+`model.GPT` is the definition, and what training differentiates. This is the same function of the same weights, arranged
+for rows that grow by one token at a time. A step of a small model is a hundred small operations, so what counts is how
+few they are, and that none of them copies what is already in place:
+
+    - a token at position p of its row has its key and value in slot p, whatever the lengths of the prompts: nothing is
+      padded on the left, and attention reads as many slots as the longest row has filled;
+    - the query, key and value of a head stand side by side in the product that makes them, so that one operation
+      stores both, and the query is used where it lies;
+    - rows that are done leave, and the last rows move into their places (`move`, which beam search uses, too);
+    - memory is kept from one call to the next: fresh pages cost more than the step that fills them.
+"""
+
+import contextlib
+import functools
+import math
+import mmap
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from minirlhf import InputError
+from minirlhf.model import GPT, gelu
+from minirlhf.token_stats import _use_fused
+
+SLOTS = 64  # compiled: attention reads a multiple of so many slots, and rows are a power of two, so that shapes repeat
+PREFILL_TOKENS = 8192  # of prompts that are read at a time
+LEAVE = 0.25  # rows that are done leave once they are this share: moving the others costs as much as a step or two
+DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # of the products; None = the weights' own
+
+
+class Layer(NamedTuple):
+    """A block's weights and biases."""
+
+    ln_1: tuple[Tensor, Tensor]
+    attn: tuple[Tensor, Tensor]  # (3D, D), (3D,): head after head, and in a head query, key, value
+    proj: tuple[Tensor, Tensor]
+    ln_2: tuple[Tensor, Tensor]
+    fc: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+
+
+class Weights(NamedTuple):
+    """A model's weights as decoding wants them: what products take in the products' type, the rest as it is."""
+
+    layers: list[Layer]
+    wte: Tensor  # (V', D), the vocabulary padded as in the model
+    wpe: Tensor  # (P, D)
+    ln_f: tuple[Tensor, Tensor]
+    head: Tensor  # (V', D), wte once more
+
+
+class Rows(NamedTuple):
+    """Where each row stands; everything here is changed in place."""
+
+    stores: list[Float[Tensor, "2 C S d"]]  # a layer's keys and values, C = heads of all rows that there is room for
+    ahead: Float[Tensor, "N 1 S"]  # N = heads of the rows that there are; -inf at slots not filled yet, 0 at the others
+    first: Int[Tensor, "2 B H"]  # slot 0 of the row's keys and of its values, counted through the whole store
+    positions: Int[Tensor, " B"]  # of the token that comes next
+    last: Int[Tensor, " B"]  # where a row stops to move on, though it may be computed further
+
+
+class Decoder:
+    """Rows of tokens that grow together: `start` reads the prompts, each `step` a token a row, `move` rearranges rows.
+
+    All of it under `torch.no_grad()`. One model's decoder is kept by `decoder_for`.
+    """
+
+    def __init__(self, dtype: str = "fp32", compile: bool = False):
+        self.dtype, self.compile = DTYPES[dtype], compile
+        self.kept: dict[str, Tensor] = {}  # what must stay where it is for compiled steps
+        self.room: Tensor | None = None  # keys and values live here, in whatever shape a call has
+
+    def start(
+        self, model: GPT, prompts: Sequence[Sequence[int]], ends: Sequence[int], kernel: str = "auto", copies: int = 1
+    ) -> Float[Tensor, "B V"]:
+        """Read the prompts; return the logits of each row's first new token, (B, V).
+
+        Args:
+            model: whose weights; they are read anew at each start.
+            prompts: B lists of at least one token, best with like lengths side by side.
+            ends: how long each row may become, prompt included.
+            kernel: whose GELU.
+            copies: rows that `move` may make of each.
+        """
+        config, device = model.config, model.wte.weight.device
+        self.forward = _compiled(device.type) if self.compile else _forward
+        self.kernel, self.vocab_size = kernel, config.vocab_size
+        self.weights = self._keep_weights(_weights(model, self.dtype, pack=not self.compile))
+        B, H, S = len(prompts), config.n_head, max(ends)
+        capacity = B * copies
+        if self.compile:
+            capacity, S = _power_of_two(capacity), -(-S // SLOTS) * SLOTS
+        rows = range(capacity)
+        self.spans = [(len(prompts[i]), ends[i]) if i < B else (1, 1) for i in rows]  # row by row: prompt, end
+        self.steps, self.slots = 0, S
+
+        # On a CPU, products of single rows are slower in bfloat16 than in float32.
+        dtype = self.weights.head.dtype
+        dtype = torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
+        shape = (config.n_layer, 2, capacity * H, S, config.n_embd // H)
+        size = math.prod(shape)
+        if self.room is None or self.room.numel() < size or (self.room.dtype, self.room.device) != (dtype, device):
+            self.room = _room(size, dtype, device)
+        # A slot that is not filled yet has weight 0, which would not hide the NaN of an earlier call.
+        stores = self.room[:size].view(shape).zero_()
+        positions = torch.tensor([length - 1 for length, _ in self.spans], device=device)
+        ahead = torch.full((capacity, S), -math.inf, dtype=dtype, device=device)
+        ahead.masked_fill_(torch.arange(S, device=device) < positions[:, None], 0.0)
+        self.all = Rows(
+            stores=[self._keep(f"store {i}", store) for i, store in enumerate(stores)],
+            ahead=self._keep("ahead", ahead.repeat_interleave(H, dim=0)[:, None]),
+            first=self._keep("first", (torch.arange(2 * capacity * H, device=device) * S).view(2, capacity, H)),
+            positions=self._keep("positions", positions),
+            last=self._keep("last", torch.tensor([end - 1 for _, end in self.spans], device=device)),
+        )
+        for part in _alike([len(prompt) - 1 for prompt in prompts]):
+            self._read(prompts[part], part)
+        self._narrow(B)
+        return self.step(torch.tensor([prompt[-1] for prompt in prompts], device=device))
+
+    def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        """The logits after one more token a row: (B,) -> (B, V), float32 or wider."""
+        reach = min(self.longest + self.steps, self.slots)
+        if self.compile:
+            reach = min(-(-reach // SLOTS) * SLOTS, self.slots)
+            tokens = F.pad(tokens, (0, len(self.now.positions) - len(tokens)))
+            torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before are no longer wanted
+        logits = self.forward(self.weights, self.now, tokens, reach, self.kernel)
+        self.steps += 1
+        logits = logits[: self.rows, : self.vocab_size]
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def too_wide_for(self, rows: int) -> bool:
+        """Whether so few rows are left that it pays to drop the others."""
+        if self.compile:
+            return _power_of_two(rows) < _power_of_two(self.rows)
+        return rows < self.rows and rows <= (1 - LEAVE) * self.rows
+
+    def move(self, to: Int[Tensor, " M"], source: Int[Tensor, " M"], rows: int) -> None:
+        """Row source[i] goes, or goes too, to row to[i]; then the first `rows` rows are those that there are."""
+        reach = min(self.longest + self.steps, self.slots)
+        H = self.all.first.shape[-1]
+        for store in self.all.stores:
+            by_row = store.unflatten(1, (-1, H))  # (2, rows, H, S, d)
+            by_row[:, to, :, :reach] = by_row[:, source, :, :reach]
+        for table in (self.all.ahead.unflatten(0, (-1, H)), self.all.positions, self.all.last):
+            table[to] = table[source]
+        if rows != self.rows:
+            spans = list(self.spans)
+            for i, j in zip(to.tolist(), source.tolist()):
+                spans[i] = self.spans[j]
+            self.spans = spans
+            self._narrow(rows)
+
+    def _narrow(self, rows: int) -> None:
+        """From now on, steps compute the first `rows` rows."""
+        self.rows = rows
+        self.longest = max(length for length, _ in self.spans[:rows])
+        width, H = _power_of_two(rows) if self.compile else rows, self.all.first.shape[-1]
+        _, ahead, first, positions, last = self.all
+        self.now = Rows(self.all.stores, ahead[: width * H], first[:, :width], positions[:width], last[:width])
+
+    def _read(self, prompts: Sequence[Sequence[int]], part: slice) -> None:
+        """Keys and values of all but the last token of some prompts, which are padded on the right.
+
+        What stands in a padded slot is overwritten before anything looks at it, and the last token's step is a step
+        like any other: nothing here is computed for logits that nobody needs.
+        """
+        (layers, wte, wpe, *_), device = self.weights, self.all.positions.device
+        T, B, D = max(len(prompt) for prompt in prompts) - 1, len(prompts), wpe.shape[1]
+        if T == 0:
+            return
+        H = self.all.first.shape[-1]
+        padded = [[*prompt[:-1], *[0] * (T - len(prompt) + 1)] for prompt in prompts]
+        x = F.embedding(torch.tensor(padded, device=device), wte) + wpe[:T]  # (B, T, D)
+        for layer, store in zip(layers, self.all.stores):
+            qkv = _linear(F.layer_norm(x, (D,), *layer.ln_1), *layer.attn)
+            q, k, v = qkv.view(B, T, H, 3, D // H).permute(3, 0, 2, 1, 4)  # each (B, H, T, d)
+            for new, kept in zip((k, v), store.unflatten(1, (-1, H))):
+                kept[part, :, :T] = new
+            if layer is layers[-1]:
+                break
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + _linear(mixed.transpose(1, 2).reshape(B, T, D), *layer.proj)
+            inner = _linear(F.layer_norm(x, (D,), *layer.ln_2), *layer.fc)
+            x = x + _linear(gelu(inner, self.kernel), *layer.out)
+
+    def _keep(self, name: str, new: Tensor) -> Tensor:
+        """Compiled steps, which on a GPU are captured with the addresses they use: the values go where they went."""
+        if not self.compile:
+            return new
+        old = self.kept.get(name)
+        if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+            torch._dynamo.mark_static_address(new)
+            self.kept[name] = old = new
+        elif old.data_ptr() != new.data_ptr():
+            old.copy_(new)
+        return old
+
+    def _keep_weights(self, new: Weights) -> Weights:
+        def keep(name: str, part):
+            if isinstance(part, Tensor):
+                return self._keep(name, part)
+            kept = [keep(f"{name} {i}", child) for i, child in enumerate(part)]
+            return type(part)(*kept) if hasattr(part, "_fields") else type(part)(kept)
+
+        return keep("weights", new)
+
+
+def _forward(weights: Weights, rows: Rows, tokens: Tensor, reach: int, kernel: str) -> Tensor:
+    """One token a row through the network: (B,) -> (B, V')."""
+    (layers, wte, wpe, ln_f, head), (stores, ahead, first, positions, last) = weights, rows
+    _, B, H = first.shape
+    D, d = wpe.shape[1], wpe.shape[1] // H
+    fused = _fused(stores[0], kernel)
+    if not fused:
+        slots = (first + positions[:, None]).view(2, B * H)  # where the new keys and values go
+        ahead.view(-1).index_fill_(0, slots[0], 0.0)
+        ahead = ahead[:, :, :reach]
+    x = F.embedding(tokens, wte) + F.embedding(positions, wpe)  # (B, D)
+    for layer, store in zip(layers, stores):
+        qkv = _linear(F.layer_norm(x, (D,), *layer.ln_1), *layer.attn).view(B * H, 3, d)
+        if fused:
+            mixed = torch.ops.minirlhf.decode_attention_(store, qkv, positions).view(B, D)
+        else:
+            qkv = qkv.to(store.dtype)
+            store.view(-1, d).index_put_((slots,), qkv[:, 1:].transpose(0, 1))
+            keys, values = store[:, : B * H, :reach].unbind()  # each (B·H, reach, d)
+            scores = torch.baddbmm(ahead, qkv[:, :1], keys.transpose(1, 2), alpha=d**-0.5)  # (B·H, 1, reach)
+            mixed = torch.bmm(scores.softmax(-1), values).view(B, D)
+        x.add_(_linear(mixed, *layer.proj))
+        inner = _linear(F.layer_norm(x, (D,), *layer.ln_2), *layer.fc)  # (B, 4D)
+        x.add_(_linear(gelu(inner, kernel), *layer.out))
+    positions.copy_(torch.minimum(positions + 1, last))
+    return _linear(F.layer_norm(x, (D,), *ln_f), head)
+
+
+def _fused(store: Tensor, kernel: str) -> bool:
+    """Whether the fused kernel attends: on a CPU, in float32, and not where torch.compile makes a step of its own."""
+    wanted = store.device.type == "cpu" and store.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return wanted and _use_fused(kernel, "cpu")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x = x.to(weight.dtype)
+    if weight.is_mkldnn:  # packed
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@functools.cache
+def _compiled(device: str) -> Callable[..., Tensor]:
+    """`_forward` for fixed shapes, one graph each; on a GPU captured, so that a step is one launch."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    mode = "reduce-overhead" if device == "cuda" else None
+    return torch.compile(_forward, fullgraph=True, dynamic=False, mode=mode)
+
+
+def _weights(model: GPT, dtype: torch.dtype | None, pack: bool) -> Weights:
+    """References where nothing changes; copies of what is turned around, cast or packed.
+
+    A processor multiplies bfloat16 two by two and wants them laid out so. Unpacked, each product of a few rows spends
+    more time on laying out its weights than on multiplying; packed by the library that torch ships, they are once.
+    """
+    pack = pack and dtype == torch.bfloat16 and model.wte.weight.device.type == "cpu"
+    pack = pack and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def cast(weight: Tensor) -> Tensor:
+        weight = weight if dtype is None else weight.to(dtype)
+        return torch.ops.mkldnn._reorder_linear_weight(weight, 0) if pack else weight
+
+    def pair(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        return module.weight.detach(), module.bias.detach()
+
+    def product(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return cast(weight), bias if dtype is None else bias.to(dtype)
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.unflatten(0, (3, model.config.n_head, -1)).transpose(0, 1).flatten(0, 2)
+
+    layers = []
+    for block in model.h:
+        attn = product(*map(by_head, pair(block.c_attn)))
+        proj, fc, out = (product(*pair(module)) for module in (block.attn_proj, block.c_fc, block.mlp_proj))
+        layers.append(Layer(pair(block.ln_1), attn, proj, pair(block.ln_2), fc, out))
+    wte = model.wte.weight.detach()
+    return Weights(layers, wte, model.wpe.weight.detach(), pair(model.ln_f), cast(wte))
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[slice]:
+    """Neighbours of about the same length, so that padding them to the longest of them costs little."""
+    start, short, long = 0, math.inf, 0
+    for i, length in enumerate(lengths):
+        short, long = min(short, length), max(long, length)
+        if i > start and (long > 1.25 * short or (i + 1 - start) * long > PREFILL_TOKENS):
+            yield slice(start, i)
+            start, short, long = i, length, length
+    yield slice(start, len(lengths))
+
+
+def _room(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for keys and values; on Linux in huge pages.
+
+    A step touches all of it once, a few hundred bytes here and there. In pages of 4 KiB, looking up where each of them
+    lies takes as long as reading them.
+    """
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=dtype, device=device)
+    try:
+        block = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size * dtype.itemsize:,} bytes for keys and values") from error
+    with contextlib.suppress(OSError):  # a kernel without them
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(block, dtype=dtype)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def check_context(model: GPT, prompts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+    """Refuse what would not fit into the context, and a prompt of nothing."""
+    for prompt, limit in zip(prompts, limits):
+        if not prompt:
+            raise InputError("a prompt holds no token; begin it with end-of-text, as documents begin")
+        if len(prompt) + limit > model.config.n_positions:
+            raise InputError(
+                f"a prompt of {len(prompt)} tokens and {limit} new ones exceed the model's context of "
+                f"{model.config.n_positions}; shorten the prompt or the response"
+            )
+
+
+# --- kept from call to call -------------------------------------------------------------------------------------------
+
+_decoders: weakref.WeakKeyDictionary[GPT, dict] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def decoder_for(model: GPT, dtype: str = "fp32", compile: bool = False) -> Iterator[Decoder]:
+    """The model's decoder with its memory from the last time, as long as the model lives.
+
+    While it is in use nobody else gets it: a second caller gets one of his own, and an error drops it.
+    """
+    kept = _decoders.setdefault(model, {})
+    decoder = kept.pop((dtype, compile), None) or Decoder(dtype, compile)
+    yield decoder
+    kept[dtype, compile] = decoder

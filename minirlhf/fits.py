@@ -1,0 +1,110 @@
+"""Will it fit? Parameters, tokens a step and the peak of memory, estimated and said before the first step.
+
+Training keeps 16 bytes for each parameter that learns (weight, gradient, AdamW's two moments), 4 for each that does
+not, and the activations that the gradient needs, those of one microbatch at a time. The estimate follows the network
+operation by operation (`activation_bytes`); what Python and torch need for themselves comes on top.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from minirlhf.model import GPT, WRITTEN_OUT, GPTConfig, ScalarModel
+from minirlhf.runs import console
+
+TILES = {"cpu": 16 << 20, "cuda": 128 << 20}  # bytes of logits that the fused head holds at a time, at most
+
+
+class Shape(NamedTuple):
+    """What is in memory at a time."""
+
+    rows: int
+    width: int  # tokens a row
+    counted: int  # tokens whose logits are needed
+
+
+class Estimate(NamedTuple):
+    """What a run needs, as far as its shapes tell."""
+
+    trained: int  # parameters
+    frozen: int
+    tokens: int  # read in a step, padding included
+    peak: int  # bytes
+
+
+def activation_bytes(config: GPTConfig, shape: Shape, dtype: str, checkpointing: bool, device: str) -> int:
+    """Bytes that one network keeps for its gradient, and those that are in use while the gradient is computed.
+
+    A block keeps, a token and in units of the width D: the input of both norms (2), what they pass on (2), queries,
+    keys and values (3), the mixed values (1, and once more as the fused operator's own output), the hidden layer before
+    and after its GELU (8); and where attention is written out, its weights, one a head and token looked at. Under bf16
+    all of it but the inputs of the norms takes half. The gradient itself holds about 12 D a token at a time. With
+    checkpointing a block keeps its input, and only the one at hand has all.
+
+    Args:
+        config: the network's.
+        shape: the largest microbatch.
+        dtype: fp32 or bf16 products.
+        checkpointing: whether blocks are computed again.
+        device: cpu or cuda.
+    """
+    D, tokens = config.n_embd, shape.rows * shape.width
+    size = 2 if dtype == "bf16" else 4
+    scores = shape.rows * config.n_head * shape.width**2
+    written_out = device == "cpu" and scores <= WRITTEN_OUT
+    wide = 4 if device == "cpu" and not written_out else size  # the fused operator's precision on a CPU
+    attention = (3 * size * D) * tokens + scores * size if written_out else (4 * wide * D) * tokens
+    block = (2 * 4 * D + 11 * size * D) * tokens + attention
+    kept = config.n_layer * 4 * D * tokens + block if checkpointing else config.n_layer * block
+    return kept + 12 * size * D * tokens
+
+
+def estimate(
+    trained: Sequence[GPT | ScalarModel],
+    frozen: Sequence[GPT | ScalarModel],
+    shapes: Sequence[Shape],
+    tokens: int,
+    dtype: str = "fp32",
+    kernel: str = "auto",
+) -> Estimate:
+    """Parameters and peak memory of a run.
+
+    Args:
+        trained: networks with gradients; all of them are in memory with their activations at a time.
+        frozen: networks that are only read.
+        shapes: of the microbatches that may come; the largest decides.
+        tokens: read in a step.
+        dtype, kernel: as for training.
+    """
+    learning = {id(p): p.numel() for model in trained for p in model.parameters()}  # a shared trunk counts once
+    still = {id(p): p.numel() for model in frozen for p in model.parameters() if id(p) not in learning}
+    trunks = {id(trunk): trunk for trunk in (m if isinstance(m, GPT) else m.trunk for m in trained)}
+    trunk = next(iter(trunks.values()))
+    device, config = trunk.wte.weight.device.type, trunk.config
+
+    def needed(shape: Shape) -> int:
+        activations = sum(activation_bytes(t.config, shape, dtype, t.checkpointing, device) for t in trunks.values())
+        logits = 4 * shape.counted * config.padded_vocab_size
+        return activations + (4 * logits if kernel == "reference" else min(logits, TILES.get(device, logits)))
+
+    weights = 16 * sum(learning.values()) + 4 * sum(still.values())
+    copies = 2 * sum(learning.values()) if dtype == "bf16" else 0  # of the weights, made by autocast
+    peak = weights + copies + max(map(needed, shapes), default=0)
+    return Estimate(sum(learning.values()), sum(still.values()), tokens, peak)
+
+
+def say(found: Estimate, microbatch: int | None = None) -> None:
+    """One line before training: how large, and what it will take."""
+    frozen = f" and {_count(found.frozen)} frozen ones" if found.frozen else ""
+    at_a_time = f", {microbatch:,} at a time" if microbatch is not None and microbatch < found.tokens else ""
+    console.print(
+        f"  {_count(found.trained)} parameters{frozen}, {found.tokens:,} tokens a step{at_a_time}, "
+        f"about {_bytes(found.peak)}"
+    )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:.2f} M" if parameters < 1e8 else f"{parameters / 1e6:.0f} M"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**20:.0f} MiB" if n < 2**30 else f"{n / 2**30:.1f} GiB"
