@@ -81,8 +81,12 @@ def main(args: Args) -> None:
     gold = GoldJudge() if args.prompts == "helpdesk" and args.reward != "gold" else None
 
     console.print(f"{len(prompts):,} prompts of {args.prompts}, reward {reward.name}")
-    prepare(args, policy, ref, critic)
-    say_fit(args, policy, critic, [ref, reward.model] if isinstance(reward, RewardModelScorer) else [ref], prompts)
+    frozen: list[GPT | ScalarModel] = [ref]
+    if isinstance(reward, RewardModelScorer):
+        reward.dtype = args.dtype
+        frozen.append(reward.model)
+    prepare(args, policy, critic, *frozen)
+    say_fit(args, policy, critic, frozen, prompts)
     train(
         policy, ref, critic, reward, lambda step: prompts_at(args, prompts, step), tokenizer, args.config, run,
         seed=args.seed, gold=gold, dtype=args.dtype, kernel=args.kernel, compile=args.compile, explain=args.explain,
@@ -149,7 +153,8 @@ def say_fit(args: Args, policy: GPT, critic: ScalarModel, frozen: list, prompts:
     rows = min(config.microbatch_size or config.batch_size, config.batch_size // config.minibatches)
     shape = fits.Shape(rows, longest + response, rows * response)
     tokens = config.batch_size * (longest + response)
-    found = fits.estimate([policy, critic], frozen, [shape], tokens, args.dtype, args.kernel)
+    sampled = fits.Shape(config.batch_size, longest + response, 0)
+    found = fits.estimate([policy, critic], frozen, [shape], tokens, args.dtype, args.kernel, sampled)
     fits.say(found, rows * shape.width)
 
 

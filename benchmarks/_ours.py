@@ -107,6 +107,7 @@ def sampling(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
 def ppo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     policy, tokenizer = load_run(job["folder"] / "policy")
     reward = RewardModelScorer(job["folder"] / "reward")
+    reward.dtype = job["settings"].get("dtype", "fp32")
     kind = job["settings"].get("critic", "separate")
     critic = ScalarModel(policy.config, trunk=policy) if kind == "shared" else clone(reward.model)
     critic.requires_grad_(True)
@@ -114,8 +115,8 @@ def ppo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
         critic=kind, steps=job["steps"], batch_size=job["batch"], epochs=job["epochs"], minibatches=job["minibatches"],
         microbatch_size=job["micro"], response_tokens=str(job["response"]), lr=LR, critic_lr=LR, sample_every=10**9,
     )  # fmt: skip
-    settings = accepted(ppo.train, job["settings"])
-    run = TurnRun(job, turns, settings)
+    settings = accepted(ppo.train, {name: value for name, value in job["settings"].items() if name != "critic"})
+    run = TurnRun(job, turns, job["settings"])
     prompts = data["prompts"]
     ppo.train(
         policy, clone(policy), critic, reward, lambda step: prompts, tokenizer, config, run, seed=0, **settings

@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "optimiser": ("adam", "_foreach", "clip_grad", "linalg_vector_norm"),
     "fused op": ("token_stats",),
     "attention": ("scaled_dot_product", "flash_attention", "decode_attention", "bmm"),  # it alone multiplies in batches
-    "matrix products": ("addmm", "aten::mm", "mkldnn_linear", "mkl_linear", "aten::linear", "matmul"),
+    "matrix products": ("addmm", "aten::mm", "mkldnn", "mkl_linear", "aten::linear", "matmul"),
     "compiled": ("torch-compiled", "inductor", "compiledfxgraph", "graph_", "cpp_fused"),
     "copies": (
         "copy_", "_to_copy", "aten::to", "clone", "contiguous", "cat", "index", "gather", "scatter", "embedding",

@@ -220,6 +220,7 @@ def main(args: Args) -> None:
     models = {}
     for name, folder in zip(_names(folders), folders):
         models[name], own = (baseline, tokenizer) if not models else load_run(folder, device=device)
+        models[name].use_kernel(args.kernel)
         require_same_tokenizer(tokenizer, args.baseline, own, folder)
     shared = {"policy_tokenizer": tokenizer, "policy_folder": args.baseline}
     judge = load_reward(args.judge or "gold", device, **shared)

@@ -52,7 +52,8 @@ def activation_bytes(config: GPTConfig, shape: Shape, dtype: str, checkpointing:
     scores = shape.rows * config.n_head * shape.width**2
     written_out = device == "cpu" and scores <= WRITTEN_OUT
     wide = 4 if device == "cpu" and not written_out else size  # the fused operator's precision on a CPU
-    attention = (3 * size * D) * tokens + scores * size if written_out else (4 * wide * D) * tokens
+    weights = 6 if size == 2 else 4  # bytes a score: computed in fp32, multiplied in the products' type
+    attention = (3 * size * D) * tokens + scores * weights if written_out else (4 * wide * D) * tokens
     block = (2 * 4 * D + 11 * size * D) * tokens + attention
     kept = config.n_layer * 4 * D * tokens + block if checkpointing else config.n_layer * block
     return kept + 12 * size * D * tokens
@@ -65,6 +66,7 @@ def estimate(
     tokens: int,
     dtype: str = "fp32",
     kernel: str = "auto",
+    sampled: Shape | None = None,
 ) -> Estimate:
     """Parameters and peak memory of a run.
 
@@ -74,6 +76,7 @@ def estimate(
         shapes: of the microbatches that may come; the largest decides.
         tokens: read in a step.
         dtype, kernel: as for training.
+        sampled: what is drawn at a time, if anything: keys and values of so many rows, which stay for the next time.
     """
     learning = {id(p): p.numel() for model in trained for p in model.parameters()}  # a shared trunk counts once
     still = {id(p): p.numel() for model in frozen for p in model.parameters() if id(p) not in learning}
@@ -89,6 +92,10 @@ def estimate(
     weights = 16 * sum(learning.values()) + 4 * sum(still.values())
     copies = 2 * sum(learning.values()) if dtype == "bf16" else 0  # of the weights, made by autocast
     peak = weights + copies + max(map(needed, shapes), default=0)
+    if sampled is not None:  # beside the turned c_attn, in bf16 a copy of all weights
+        peak += 2 * 4 * config.n_layer * sampled.rows * sampled.width * config.n_embd
+        own = sum(p.numel() for p in trunk.parameters())
+        peak += 2 * own if dtype == "bf16" else own
     return Estimate(sum(learning.values()), sum(still.values()), tokens, peak)
 
 

@@ -75,8 +75,9 @@ def attention(
     """
     B, H, T, d = q.shape
     if attend is None or attend.dtype == torch.bool:
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # whose gradient is up to five times as slow there
-            return attention(q.float(), k.float(), v.float(), attend).to(q.dtype)
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # whose gradient takes up to five times as long there
+            with torch.autocast("cpu", enabled=False):  # which would turn them back
+                return attention(q.float(), k.float(), v.float(), attend).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None and T > 1)
     with torch.autocast(q.device.type, enabled=False):
         keys = k.flatten(0, 1).transpose(1, 2)  # (B·H, d, S)

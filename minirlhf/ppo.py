@@ -633,8 +633,7 @@ def train(
         asked = [TokenText(tokenizer.decode(p), p) for p in prompts]
         rows = [row.tolist() for row in episodes.responses[mask].cpu().split(mask.sum(-1).tolist())]
         answered = [TokenText(tokenizer.decode(row), row) for row in rows]
-        with autocast(device, dtype):
-            scores = score(reward, asked, answered).to(device)  # (B,)
+        scores = score(reward, asked, answered).to(device)  # (B,)
         shaped_scores = shape_scores(scores, episodes.truncated, state, config)
 
         # 3. and 4. Rewards and advantages, token by token.

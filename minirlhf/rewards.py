@@ -39,7 +39,7 @@ from minirlhf.data import (
     write_records,
 )
 from minirlhf.model import last_token
-from minirlhf.runs import check_positive, cli, load_run, pick_device, require_same_tokenizer
+from minirlhf.runs import autocast, check_positive, cli, load_run, pick_device, require_same_tokenizer
 from minirlhf.tokenizer import Tokenizer, TokenText
 
 FORMS = "gold, pkg.module:function, hf:DIR (a text classifier) or the folder of a reward model"
@@ -94,6 +94,7 @@ class RewardModelScorer:
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", batch_size: int = 64):
         self.name, self.batch_size = str(folder), batch_size
+        self.dtype = "fp32"  # or bf16, of the matrix products
         self.model, self.tokenizer = load_run(folder, scalar=True, device=device)
 
     def example(self, prompt: str, response: str) -> Example:
@@ -118,7 +119,8 @@ class RewardModelScorer:
             batch = collate([examples[i] for i in rows], self.tokenizer.eot)
             tokens, mask = batch.tokens.to(device), batch.mask.to(device)  # (B, T)
             # Padding stands on the right, where causal attention cannot see it: the trunk needs no mask.
-            scores[rows] = last_token(self.model(tokens), mask)
+            with autocast(device, self.dtype):
+                scores[rows] = last_token(self.model(tokens), mask)
         return scores
 
 

@@ -9,8 +9,8 @@
 
 Nothing is written before the first step has succeeded, so that bad input leaves no half-written run, and every file
 is written under another name and renamed, so that a run killed at any moment can be resumed. The weights after
-resuming are those of an uninterrupted run, bit for bit, on one machine and thread count: batches and samples are pure
-functions of (seed, step), never of a generator's history.
+resuming are those of an uninterrupted run, bit for bit, on one machine and thread count (with --compile but for
+rounding): batches and samples are pure functions of (seed, step), never of a generator's history.
 """
 
 import importlib.util

@@ -16,6 +16,10 @@ CONFIGS = [
     (GPTConfig(512, 128, n_layer=4, n_head=4, n_embd=128), fits.Shape(16, 47, 752)),
     (GPTConfig(512, 1024, n_layer=3, n_head=4, n_embd=128), fits.Shape(8, 512, 4096)),  # attention in one operator
     (GPTConfig(512, 128, n_layer=2, n_head=2, n_embd=64), fits.Shape(64, 100, 6400)),
+    (
+        GPTConfig(512, 512, n_layer=4, n_head=4, n_embd=128),
+        fits.Shape(2, 400, 800),
+    ),  # most of it is attention's weights
 ]
 
 
@@ -39,7 +43,7 @@ def kept_bytes(model, shape, dtype):
 
     tokens = torch.randint(0, model.config.vocab_size, (shape.rows, shape.width))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(tokens.device, dtype):
-        hidden = model(tokens)
+        hidden = model(tokens, at=torch.arange(tokens.numel()))
     assert hidden.requires_grad
     return sum(seen.values())
 
@@ -158,3 +162,11 @@ def test_compiled_blocks_give_the_same(tmp_path):
     script = Path(__file__).with_name("compiled_blocks.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_sampler_keeps_is_counted():
+    policy, shape, drawn = fresh(CONFIGS[2][0]), fits.Shape(2, 10, 10), fits.Shape(64, 30, 0)
+    plain = fits.estimate([policy], [], [shape], 20)
+    both = fits.estimate([policy], [], [shape], 20, sampled=drawn)
+    kept = 2 * 4 * 2 * 64 * 30 * 64  # keys and values of two layers
+    assert kept <= both.peak - plain.peak <= kept + 4 * plain.trained

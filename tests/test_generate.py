@@ -319,6 +319,7 @@ def test_a_decoder_is_not_shared_while_it_is_used(model):
 def test_a_model_and_its_decoder_can_be_forgotten():
     passing = random_model(CONFIG)
     generate(passing, PROMPTS, EOT, 2, 0)
+    gc.collect()  # those of other tests
     before = len(decode._decoders)
     del passing
     gc.collect()
@@ -992,7 +993,14 @@ def refused(result, message):
         (["--prompt", "x", "--beams", "2", "--stop", "y"], "--beams has no --stop"),
         (["--prompt", "x", "--beams", "2", "--return", "3"], "--return 3 exceeds --beams 2; lower it"),
         (["--prompt", "x", "--beams", "2", "--return", "0"], "--return must be a positive number, got 0"),
-        (["--prompt", "x", "--beams", "2", "--length-penalty", "nan"], "--length-penalty must be a number, got nan"),
+        (
+            ["--prompt", "x", "--beams", "2", "--length-penalty", "nan"],
+            "--length-penalty must lie between -10 and 10, got",
+        ),
+        (
+            ["--prompt", "x", "--beams", "2", "--length-penalty", "99"],
+            "--length-penalty must lie between -10 and 10, got",
+        ),
         (["--prompt", "x", "--return", "1"], "--return 1 goes with --beams; add --beams, or leave it out"),
         (["--prompt", "x", "--length-penalty", "1"], "--length-penalty 1.0 goes with --beams; add --beams"),
         (["--prompt", "x", "--stop", ""], "--stop is empty, which every response begins with; give some text"),

@@ -522,3 +522,22 @@ def test_impossible_shapes_are_refused(wrong, message):
     with pytest.raises(InputError) as caught:
         GPTConfig(**{"vocab_size": 61, "n_embd": 32, "n_head": 4, **wrong})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("layout", ["causal", "mask"])
+def test_under_autocast_long_attention_on_a_cpu_is_in_float32(gpt, monkeypatch, layout):
+    """Its gradient in bfloat16 takes several times as long there."""
+    seen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, **options):
+        seen.append((q.dtype, torch.is_autocast_enabled("cpu")))
+        return fused(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    tokens = tokens_of(2, 12)
+    mask = None if layout == "causal" else torch.ones_like(tokens, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16):
+        gpt(tokens, mask)
+    assert seen
+    assert set(seen) == {(torch.float32, False)}
