@@ -83,7 +83,7 @@ def generate(
         `Generation`, with R the longest response.
 
     Raises:
-        InputError: a prompt and its limit exceed the context.
+        InputError: a prompt and its limit exceed the context; or logits are NaN.
     """
     sampling = Sampling() if sampling is None else sampling
     device, B = model.wte.weight.device, len(prompts)
@@ -157,6 +157,11 @@ def generate(
     last = torch.tensor([stopped.get(row, limits[row]) for row in range(B)], device=device)
     mask = columns < torch.minimum(end, last)[:, None]
     cut_off = (end > last) & torch.tensor([row not in stopped for row in range(B)], device=device)
+    if bool(tables[1].isnan().any()):
+        raise InputError(
+            "the model's logits are not numbers (NaN): its weights are damaged, or its training diverged; use an "
+            "earlier checkpoint or another model"
+        )
     R = int(mask.sum(-1).max())
     responses, *numbers = (torch.where(mask, table, fill)[:, :R] for table, fill in zip(tables, (eot, 0.0, 0.0)))
     return Generation(responses, mask[:, :R], numbers[0], cut_off, numbers[1] if entropy else None)

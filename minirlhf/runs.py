@@ -245,11 +245,12 @@ class Run:
         tensors = {}
         for name, part in parts.items():
             own = part.state_dict() if isinstance(part, nn.Module) else _optimizer_tensors(part)
-            tensors |= {f"{name}/{key}": value.detach().cpu().contiguous().clone() for key, value in own.items()}
-        largest = torch.stack([value.abs().max().double() for value in tensors.values()]).max()  # NaN if any is
-        self.require_finite(done - 1, **{"a weight": largest})
+            tensors |= {f"{name}/{key}": value.detach() for key, value in own.items()}
+        ends = [end.double().cpu() for value in tensors.values() for end in value.aminmax()]  # nothing as large is made
+        self.require_finite(done - 1, **{"a weight": torch.stack(ends).abs().max()})  # NaN if any is
         if done == self.steps:
             return
+        tensors = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
         self._begin()
         (self.folder / "state").mkdir(exist_ok=True)
         path = self.folder / "state" / "checkpoint.safetensors"

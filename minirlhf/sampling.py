@@ -74,7 +74,8 @@ def draw(
     total = p.cumsum(-1, dtype=torch.float64)  # (B, V)
     # Its end, not 1, is the scale: rounding can leave no u beyond the last token. Tokens of probability 0 add nothing
     # to the sum, and are passed over.
-    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True).squeeze(-1)
+    token = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True).squeeze(-1)
+    return token.clamp(max=logits.shape[-1] - 1)  # beyond the last where the logits are not numbers
 
 
 def adjust(

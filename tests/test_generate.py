@@ -1043,3 +1043,11 @@ def test_a_token_cut_away_is_not_drawn_even_by_the_smallest_random_number():
         1,
         1,
     ]  # nor by the largest
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature):
+    broken = random_model(CONFIG)
+    broken.h[0].c_fc.bias.data[0] = math.nan
+    with pytest.raises(InputError, match="logits are not numbers"):
+        generate(broken, PROMPTS, EOT, 3, 0, Sampling(temperature))

@@ -541,3 +541,10 @@ def test_under_autocast_long_attention_on_a_cpu_is_in_float32(gpt, monkeypatch, 
         gpt(tokens, mask)
     assert seen
     assert set(seen) == {(torch.float32, False)}
+
+
+def test_packed_states_asked_for_are_those_of_all_picked_out(gpt):
+    packed = lay_out(MADE_UP, EOT)
+    layout = {"positions": packed.positions, "attend": packed.attend}
+    some = gpt(packed.tokens, **layout, at=packed.predictors)
+    torch.testing.assert_close(some, packed_states(gpt, packed)[packed.predictors], rtol=0, atol=1e-5)
