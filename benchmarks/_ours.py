@@ -18,7 +18,7 @@ from minirlhf.data import Demonstration, Ranking, Text
 from minirlhf.generate import Sampling, generate
 from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights
 from minirlhf.rewards import RewardModelScorer
-from minirlhf.runs import Run, RunArgs, load_run
+from minirlhf.runs import Run, RunArgs, keep_memory, load_run
 from minirlhf.token_stats import token_stats
 from minirlhf.tokenizer import Tokenizer, TokenText
 
@@ -138,6 +138,7 @@ def dpo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
         microbatch_size=job["micro"], held_out=0.0,
     )  # fmt: skip
     settings = accepted(dpo.train, job["settings"])
+    policy.checkpointing = job["settings"].get("checkpointing", False)
     ref.requires_grad_(False)
     # `train` reads the reference once, before the first step; a round does it again for the one batch there is.
     data_of = accepted(dpo.with_reference, {"dtype": "fp32", "kernel": "auto"} | job["settings"])
@@ -227,6 +228,7 @@ def main() -> None:
     turns = Turns()
     job = json.loads(sys.argv[1])
     job["folder"] = Path(job["folder"])
+    keep_memory()  # as every script of ours does
     torch.set_num_threads(job["threads"])
     token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))  # builds the kernel, once for the machine
     CASES[job["task"]](job, json.loads((job["folder"] / "data.json").read_text()), turns)

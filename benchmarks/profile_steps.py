@@ -5,7 +5,8 @@
 
 Steps of the shipped train functions on tokens of fixed length, under torch.profiler. Each operator's own time counts
 for its kind; what no operator accounts for is Python, and the profiler itself, which makes small operators dearer than
-they are: the column `plain` is the same step without it. The floor is the time that the matrix products alone would
+they are: the column `plain` is the same step without it. Only the main thread is followed: in PPO the policy's, while
+the critic learns on another. The floor is the time that the matrix products alone would
 take here (_flops.py).
 
 (Not named profile.py: beside these scripts, that would stand before Python's own `profile`, which torch imports.)
@@ -43,7 +44,8 @@ CaseName = Literal["sampling", "ppo", "dpo", "rm", "sft"]
 KINDS: dict[str, tuple[str, ...]] = {
     "optimiser": ("adam", "_foreach", "clip_grad", "linalg_vector_norm"),
     "fused op": ("token_stats",),
-    "attention": ("scaled_dot_product", "flash_attention", "decode_attention", "bmm"),  # it alone multiplies in batches
+    # Attention alone multiplies in batches; a step of decoding is one operator, whose own time is mostly that.
+    "attention": ("scaled_dot_product", "flash_attention", "minirlhf::attention", "minirlhf::decode", "bmm"),
     "matrix products": ("addmm", "aten::mm", "mkldnn", "mkl_linear", "aten::linear", "matmul"),
     "compiled": ("torch-compiled", "inductor", "compiledfxgraph", "graph_", "cpp_fused"),
     "copies": (

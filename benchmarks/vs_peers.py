@@ -63,9 +63,9 @@ MiB = 2**20
 class Args:
     only: tuple[CaseName, ...] = ("sampling", "ppo", "dpo", "rm", "sft", "pretrain", "gpt2")
     """Which cases."""
-    settings: tuple[Literal["fp32", "best", "shared"], ...] = ("fp32", "best")
+    settings: tuple[Literal["fp32", "best", "shared", "lean"], ...] = ("fp32", "best")
     """Of ours; without best, no peer runs in bf16 or compiled either. shared: best, and PPO's critic on the policy's
-    trunk, which is another algorithm than the peer's."""
+    trunk, which is another algorithm than the peer's. lean: fp32 with gradient checkpointing, for DPO."""
     peer_python: Path = Path(sys.executable)
     """The Python that has transformers and TRL."""
     ppo_peer_python: Path = Path(sys.executable)
@@ -98,6 +98,7 @@ class Args:
         """By setting, keyword arguments of the shipped functions; each is passed where it is accepted."""
         best = {"dtype": "bf16", "compile": self.compile}
         known = {"fp32": {"dtype": "fp32"}, "best": best, "shared": {**best, "critic": "shared"}}
+        known |= {"lean": {"dtype": "fp32", "checkpointing": True}}
         return {name: known[name] for name in self.settings}
 
 

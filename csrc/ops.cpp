@@ -29,8 +29,14 @@ TORCH_LIBRARY(minirlhf, m) {
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor grad, Tensor x) -> Tensor");
 
+  // Attention of whole sequences, from the product that holds queries, keys and values. On the CPU only.
+  m.def("attention(Tensor qkv, int heads, Tensor? attend) -> Tensor");
+  m.def("attention_backward(Tensor grad, Tensor qkv, int heads, Tensor? attend) -> Tensor");
+
   // Attention of a new token a row over what is kept of those before it, and keeping it too. On the CPU only.
   m.def("decode_attention_(Tensor(a!) store, Tensor qkv, Tensor positions) -> Tensor");
+  // The whole network for a new token a row: logits. On the CPU only.
+  m.def("decode_step_(Tensor[] layers, Tensor[] around, Tensor(a!)[] stores, Tensor tokens, Tensor positions) -> Tensor");
 }
 
 namespace {

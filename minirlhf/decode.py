@@ -2,7 +2,8 @@
 
 `model.GPT` is the definition, and what training differentiates. This is the same function of the same weights, arranged
 for rows that grow by one token at a time. A step of a small model is a hundred small operations, so what counts is how
-few they are, and that none of them copies what is already in place:
+few they are, and that none of them copies what is already in place. On a CPU the whole step is one operation, written
+in C++ (csrc/cpu/decode_step.cpp); `_forward` is it, too, operation by operation, for everywhere else. In both:
 
     - a token at position p of its row has its key and value in slot p, whatever the lengths of the prompts: nothing is
       padded on the left, and attention reads as many slots as the longest row has filled;
@@ -219,22 +220,21 @@ def _forward(weights: Weights, rows: Rows, tokens: Tensor, reach: int, kernel: s
     (layers, wte, wpe, ln_f, head), (stores, ahead, first, positions, last) = weights, rows
     _, B, H = first.shape
     D, d = wpe.shape[1], wpe.shape[1] // H
-    fused = _fused(stores[0], kernel)
-    if not fused:
-        slots = (first + positions[:, None]).view(2, B * H)  # where the new keys and values go
-        ahead.view(-1).index_fill_(0, slots[0], 0.0)
-        ahead = ahead[:, :, :reach]
+    if _fused(stores[0], kernel):
+        flat = [part for layer in layers for pair in layer for part in pair]
+        logits = torch.ops.minirlhf.decode_step_(flat, [wte, wpe, *ln_f, head], stores, tokens, positions)
+        positions.copy_(torch.minimum(positions + 1, last))
+        return logits
+    slots = (first + positions[:, None]).view(2, B * H)  # where the new keys and values go
+    ahead.view(-1).index_fill_(0, slots[0], 0.0)
+    ahead = ahead[:, :, :reach]
     x = F.embedding(tokens, wte) + F.embedding(positions, wpe)  # (B, D)
     for layer, store in zip(layers, stores):
-        qkv = _linear(F.layer_norm(x, (D,), *layer.ln_1), *layer.attn).view(B * H, 3, d)
-        if fused:
-            mixed = torch.ops.minirlhf.decode_attention_(store, qkv, positions).view(B, D)
-        else:
-            qkv = qkv.to(store.dtype)
-            store.view(-1, d).index_put_((slots,), qkv[:, 1:].transpose(0, 1))
-            keys, values = store[:, : B * H, :reach].unbind()  # each (B·H, reach, d)
-            scores = torch.baddbmm(ahead, qkv[:, :1], keys.transpose(1, 2), alpha=d**-0.5)  # (B·H, 1, reach)
-            mixed = torch.bmm(scores.softmax(-1), values).view(B, D)
+        qkv = _linear(F.layer_norm(x, (D,), *layer.ln_1), *layer.attn).view(B * H, 3, d).to(store.dtype)
+        store.view(-1, d).index_put_((slots,), qkv[:, 1:].transpose(0, 1))
+        keys, values = store[:, : B * H, :reach].unbind()  # each (B·H, reach, d)
+        scores = torch.baddbmm(ahead, qkv[:, :1], keys.transpose(1, 2), alpha=d**-0.5)  # (B·H, 1, reach)
+        mixed = torch.bmm(scores.softmax(-1), values).view(B, D)
         x.add_(_linear(mixed, *layer.proj))
         inner = _linear(F.layer_norm(x, (D,), *layer.ln_2), *layer.fc)  # (B, 4D)
         x.add_(_linear(gelu(inner, kernel), *layer.out))
@@ -243,7 +243,9 @@ def _forward(weights: Weights, rows: Rows, tokens: Tensor, reach: int, kernel: s
 
 
 def _fused(store: Tensor, kernel: str) -> bool:
-    """Whether the fused kernel attends: on a CPU, in float32, and not where torch.compile makes a step of its own."""
+    """Whether the step is one fused operation: on a CPU, with keys and values in float32, and not where torch.compile
+    makes a step of its own.
+    """
     wanted = store.device.type == "cpu" and store.dtype == torch.float32 and not torch.compiler.is_compiling()
     return wanted and _use_fused(kernel, "cpu")
 

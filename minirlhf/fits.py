@@ -8,8 +8,9 @@ operation by operation (`activation_bytes`); what Python and torch need for them
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from minirlhf.model import GPT, WRITTEN_OUT, GPTConfig, ScalarModel
+from minirlhf.model import GPT, GPTConfig, ScalarModel
 from minirlhf.runs import console
+from minirlhf.token_stats import _use_fused
 
 TILES = {"cpu": 16 << 20, "cuda": 128 << 20}  # bytes of logits that the fused head holds at a time, at most
 
@@ -31,13 +32,15 @@ class Estimate(NamedTuple):
     peak: int  # bytes
 
 
-def activation_bytes(config: GPTConfig, shape: Shape, dtype: str, checkpointing: bool, device: str) -> int:
+def activation_bytes(
+    config: GPTConfig, shape: Shape, dtype: str, checkpointing: bool, device: str, kernel: str = "auto"
+) -> int:
     """Bytes that one network keeps for its gradient, and those that are in use while the gradient is computed.
 
     A block keeps, a token and in units of the width D: the input of both norms (2), what they pass on (2), queries,
-    keys and values (3), the mixed values (1, and once more as the fused operator's own output), the hidden layer before
-    and after its GELU (8); and where attention is written out, its weights, one a head and token looked at. Under bf16
-    all of it but the inputs of the norms takes half. The gradient itself holds about 12 D a token at a time. With
+    keys and values (3), the mixed values (1, and once more as the output of torch's operator, which our own attention
+    does not keep), the hidden layer before and after its GELU (8). Under bf16 all of it but the inputs of the norms
+    takes half. The gradient itself holds about 12 D a token at a time. With
     checkpointing a block keeps its input, and only the one at hand has all.
 
     Args:
@@ -46,14 +49,14 @@ def activation_bytes(config: GPTConfig, shape: Shape, dtype: str, checkpointing:
         dtype: fp32 or bf16 products.
         checkpointing: whether blocks are computed again.
         device: cpu or cuda.
+        kernel: as for training.
     """
     D, tokens = config.n_embd, shape.rows * shape.width
     size = 2 if dtype == "bf16" else 4
-    scores = shape.rows * config.n_head * shape.width**2
-    written_out = device == "cpu" and scores <= WRITTEN_OUT
-    wide = 4 if device == "cpu" and not written_out else size  # the fused operator's precision on a CPU
-    weights = 6 if size == 2 else 4  # bytes a score: computed in fp32, multiplied in the products' type
-    attention = (3 * size * D) * tokens + scores * weights if written_out else (4 * wide * D) * tokens
+    if device == "cpu" and _use_fused(kernel, "cpu"):
+        attention = 3 * size * D * tokens
+    else:  # torch's operator, which on a CPU gets float32
+        attention = 4 * (4 if device == "cpu" else size) * D * tokens
     block = (2 * 4 * D + 11 * size * D) * tokens + attention
     kept = config.n_layer * 4 * D * tokens + block if checkpointing else config.n_layer * block
     return kept + 12 * size * D * tokens
@@ -85,7 +88,9 @@ def estimate(
     device, config = trunk.wte.weight.device.type, trunk.config
 
     def needed(shape: Shape) -> int:
-        activations = sum(activation_bytes(t.config, shape, dtype, t.checkpointing, device) for t in trunks.values())
+        activations = sum(
+            activation_bytes(t.config, shape, dtype, t.checkpointing, device, kernel) for t in trunks.values()
+        )
         logits = 4 * shape.counted * config.padded_vocab_size
         return activations + (4 * logits if kernel == "reference" else min(logits, TILES.get(device, logits)))
 

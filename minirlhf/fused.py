@@ -87,7 +87,7 @@ torch.library.register_autograd("minirlhf::token_stats", _backward, setup_contex
 torch.library.register_autograd("minirlhf::token_stats_backward", _once)
 
 
-# --- gelu -------------------------------------------------------------------------------------------------------------
+# --- the network ------------------------------------------------------------------------------------------------------
 
 
 class Gelu(torch.autograd.Function):
@@ -102,6 +102,22 @@ class Gelu(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         return ops.gelu_backward(grad, *ctx.saved_tensors)
+
+
+class Attention(torch.autograd.Function):
+    """Attention of whole sequences, on the CPU; keeps what it is given alone."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, n_head: int, attend: Tensor | None) -> Tensor:
+        ctx.save_for_backward(qkv, attend)
+        ctx.n_head = n_head
+        return ops.attention(qkv, n_head, attend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        qkv, attend = ctx.saved_tensors
+        return ops.attention_backward(grad, qkv, ctx.n_head, attend), None, None
 
 
 # --- logits that are never held whole --------------------------------------------------------------------------------

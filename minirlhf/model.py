@@ -57,33 +57,32 @@ class GPTConfig:
         return -(-self.vocab_size // 64) * 64
 
 
-WRITTEN_OUT = 1 << 22  # scores a layer; up to so many, plain products beat the fused operator on a CPU
-
-
 def attention(
-    q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H S d"], v: Float[Tensor, "B H S d"], attend: Tensor | None
-) -> Float[Tensor, "B H T d"]:
-    """softmax(q kᵀ / √d) v: each token mixes the values of those it looks at.
+    qkv: Float[Tensor, "B T E"], n_head: int, attend: Bool[Tensor, "B 1 T T"] | None = None, kernel: str = "auto"
+) -> Float[Tensor, "B T D"]:
+    """softmax(q kᵀ / √d) v in each head: each token mixes the values of those it looks at.
 
     Source: Vaswani et al. 2017, eq. 1.
 
     Args:
-        q, k, v: queries of the last T of S tokens, keys and values of all.
-        attend: who looks at whom. None = every token at itself and back. Bool (B, 1, T, S) = where True. Floating
-            point = what to add to the scores, 0 or -inf, as (T, S) or (B·H, T, S): written out as the equation stands,
-            which is fast where the scores are few; otherwise torch's fused operator never holds them.
+        qkv: (B, T, E = 3D), queries, keys and values, in each of them head after head.
+        n_head: heads; each has d = D / n_head of a token's D numbers.
+        attend: (B, 1, T, T), True where a token (third axis) looks at one (fourth), and somewhere for each. None =
+            every token at itself and back.
+        kernel: as for `token_stats`; the fused one is for a CPU, see `_fused_here`.
     """
-    B, H, T, d = q.shape
-    if attend is None or attend.dtype == torch.bool:
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # whose gradient takes up to five times as long there
-            with torch.autocast("cpu", enabled=False):  # which would turn them back
-                return attention(q.float(), k.float(), v.float(), attend).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None and T > 1)
-    with torch.autocast(q.device.type, enabled=False):
-        keys = k.flatten(0, 1).transpose(1, 2)  # (B·H, d, S)
-        scores = torch.baddbmm(attend.to(q.dtype), q.flatten(0, 1), keys, alpha=d**-0.5)  # (B·H, T, S)
-        weights = scores.float().softmax(-1) if scores.dtype == torch.bfloat16 else scores.softmax(-1)
-        return torch.bmm(weights.to(q.dtype), v.flatten(0, 1)).view(B, H, T, d)
+    B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    if _fused_here(qkv, kernel):
+        from minirlhf.fused import Attention  # importing it builds the kernels
+
+        mask = None if attend is None else attend[:, 0]
+        return (Attention.apply if torch.is_grad_enabled() else torch.ops.minirlhf.attention)(qkv, n_head, mask)
+    if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":  # its gradient takes up to five times as long there
+        with torch.autocast("cpu", enabled=False):  # which would turn it back
+            return attention(qkv.float(), n_head, attend, "reference").to(qkv.dtype)
+    q, k, v = qkv.view(B, T, 3, n_head, D // n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None)
+    return mixed.transpose(1, 2).reshape(B, T, D)
 
 
 def gelu(x: Float[Tensor, "*n"], kernel: str = "auto") -> Float[Tensor, "*n"]:
@@ -95,21 +94,27 @@ def gelu(x: Float[Tensor, "*n"], kernel: str = "auto") -> Float[Tensor, "*n"]:
 
     Args:
         x: any shape.
-        kernel: as for `token_stats`; the fused one is for float32 and bfloat16 on a CPU, where torch's own takes four
-            times as long, and is left out where torch.compile makes one.
+        kernel: as for `token_stats`; the fused one is for a CPU, see `_fused_here`.
     """
-    fused = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
-    if fused and _use_fused(kernel, "cpu"):
-        from minirlhf.fused import Gelu  # importing it builds the kernels
+    if _fused_here(x, kernel):
+        from minirlhf.fused import Gelu
 
-        return Gelu.apply(x) if torch.is_grad_enabled() else torch.ops.minirlhf.gelu(x)
+        return (Gelu.apply if torch.is_grad_enabled() else torch.ops.minirlhf.gelu)(x)
     return F.gelu(x, approximate="tanh")
+
+
+def _fused_here(x: Tensor, kernel: str) -> bool:
+    """Whether the network's fused kernels take x: float32 and bfloat16 on a CPU, where torch's own operators take two
+    to four times as long; and not where torch.compile makes operators of its own.
+    """
+    here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+    return here and _use_fused(kernel, "cpu")
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    kernel = "auto"  # of the GELU, see `GPT.use_kernel`
+    kernel = "auto"  # of attention and GELU, see `GPT.use_kernel`
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -123,9 +128,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Tensor | None, at: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D), or to (N, D) at the places `at` alone: what nobody reads is not computed."""
-        B, T, D = x.shape
-        q, k, v = self.c_attn(self.ln_1(x)).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        mixed = attention(q, k, v, attend).transpose(1, 2).reshape(B, T, D)
+        mixed = attention(self.c_attn(self.ln_1(x)), self.n_head, attend, self.kernel)  # (B, T, D)
         if at is not None:
             x, mixed = x.flatten(0, 1).index_select(0, at), mixed.flatten(0, 1).index_select(0, at)  # (N, D)
         x = x + self.attn_proj(mixed)
@@ -173,7 +176,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: more tokens than positions.
         """
-        B, T = tokens.shape
+        T = tokens.shape[1]
         if positions is None and mask is not None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
             attend = _attention_mask(mask)
@@ -185,10 +188,6 @@ class GPT(nn.Module):
 
         # Without a layout the t-th token of each row stands at position t.
         x = self.wte(tokens) + (self.wpe.weight[:T] if positions is None else self.wpe(positions))  # (B, T, D)
-        # Losses ask for some states, those of policy and reference alike, which thereby share their arithmetic.
-        few = at is not None and B * self.config.n_head * T * T <= WRITTEN_OUT
-        if few and x.device.type == "cpu":
-            attend = self._added(attend, T, x)
         for layer, block in enumerate(self.h):
             rows = at if layer + 1 == len(self.h) else None
             if self.checkpointing and torch.is_grad_enabled():
@@ -196,13 +195,6 @@ class GPT(nn.Module):
             else:
                 x = block(x, attend, rows)
         return self.ln_f(x)
-
-    def _added(self, attend: Bool[Tensor, "B 1 T T"] | None, T: int, x: Tensor) -> Tensor:
-        """What `attention` adds to the scores, 0 where a token may look and -inf elsewhere: (T, T) or (B·H, T, T)."""
-        if attend is None:
-            return torch.full((T, T), float("-inf"), dtype=x.dtype).triu(1)
-        blocked = torch.zeros(attend.shape, dtype=x.dtype).masked_fill(~attend, float("-inf"))
-        return blocked.expand(-1, self.config.n_head, -1, -1).flatten(0, 1)
 
     def use_kernel(self, kernel: str) -> None:
         """auto, fused or reference, as for `token_stats`."""

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from minirlhf.runs import (
     mix,
     seeded,
     set_lr,
+    side_by_side,
 )
 from minirlhf.token_stats import TokenStats, linear_token_stats
 from minirlhf.tokenizer import Tokenizer
@@ -371,12 +373,21 @@ def token_values(critic: ScalarModel, tokens: Int[Tensor, "B T"], counted: Bool[
 
 
 def stats_and_values(
-    policy: GPT, critic: ScalarModel, tokens: Tensor, counted: Tensor, ref: GPT | None, temperature: float, kernel: str
-) -> tuple[TokenStats, Float[Tensor, " N"]]:
-    """The policy's statistics and the critic's values at the counted tokens; a shared trunk runs once."""
-    if critic.trunk is not policy:
-        stats = response_stats(policy, tokens, counted, ref, temperature=temperature, kernel=kernel)
-        return stats, token_values(critic, tokens, counted)
+    policy: GPT | None,
+    critic: ScalarModel | None,
+    tokens: Tensor,
+    counted: Tensor,
+    ref: GPT | None,
+    temperature: float,
+    kernel: str,
+) -> tuple[TokenStats | None, Float[Tensor, " N"] | None]:
+    """The policy's statistics and the critic's values at the counted tokens; a shared trunk runs once.
+
+    None of the one that is None.
+    """
+    if policy is None or critic is None or critic.trunk is not policy:
+        stats = policy and response_stats(policy, tokens, counted, ref, temperature=temperature, kernel=kernel)
+        return stats, critic and token_values(critic, tokens, counted)
     at = places(counted[:, 1:])
     hidden = policy(tokens[:, :-1], at=at)  # (N, D)
     reference = (None, None)
@@ -458,8 +469,8 @@ class Losses(NamedTuple):
 
 
 def token_losses(
-    policy: GPT,
-    critic: ScalarModel,
+    policy: GPT | None,
+    critic: ScalarModel | None,
     ref: GPT,
     episodes: Rollout,
     experience: Experience,
@@ -471,7 +482,7 @@ def token_losses(
     """The terms of the loss at the counted tokens of some rows of a rollout.
 
     Args:
-        policy, critic: as they are now; gradients go into these.
+        policy, critic: as they are now; gradients go into these. Where one is None, its terms are 0.
         ref: π_ref, read only where the KL is paid for in the loss.
         episodes: the rollout.
         experience: what `appraise` made of it, before the first update.
@@ -490,15 +501,18 @@ def token_losses(
     reference = ref if config.kl_in != "reward" else None
     with autocast(counts.device, dtype):
         now, values = stats_and_values(policy, critic, *cut_to(episodes, rows), reference, config.temperature, kernel)
-    return Losses(
-        policy=policy_loss(now.logprobs, old_logprobs, advantages, config.clip),
-        value=value_loss(values.to(returns.dtype), old_values, returns, config.value_clip),
-        entropy=now.entropy,
-        kl=torch.zeros_like(old_logprobs)
-        if reference is None
-        else kl_terms(now.logprobs, now.ref_logprobs, now.kl, config.kl_estimator),
-        logratio=now.logprobs - old_logprobs,
-    )
+    terms = Losses(*[torch.zeros_like(old_logprobs)] * len(Losses._fields))
+    if values is not None:
+        terms = terms._replace(value=value_loss(values.to(returns.dtype), old_values, returns, config.value_clip))
+    if now is not None:
+        terms = terms._replace(
+            policy=policy_loss(now.logprobs, old_logprobs, advantages, config.clip),
+            entropy=now.entropy,
+            logratio=now.logprobs - old_logprobs,
+        )
+        if reference is not None:
+            terms = terms._replace(kl=kl_terms(now.logprobs, now.ref_logprobs, now.kl, config.kl_estimator))
+    return terms
 
 
 def total_loss(terms: Losses, kl_coef: float, config: PPOConfig) -> Float[Tensor, "*n"]:
@@ -509,6 +523,40 @@ def total_loss(terms: Losses, kl_coef: float, config: PPOConfig) -> Float[Tensor
     """
     loss = terms.policy + config.value_coef * terms.value - config.entropy_coef * terms.entropy
     return loss + kl_coef * terms.kl if config.kl_in != "reward" else loss
+
+
+def add_gradients(
+    policy: GPT | None,
+    critic: ScalarModel | None,
+    ref: GPT,
+    episodes: Rollout,
+    experience: Experience,
+    rows: Int[Tensor, " b"],
+    kl_coef: float,
+    config: PPOConfig,
+    dtype: str = "fp32",
+    kernel: str = "auto",
+) -> tuple[Float[Tensor, " 4"], Float[Tensor, ""]]:
+    """Add a minibatch's gradients to those of policy and critic, a microbatch at a time; all as for `token_losses`.
+
+    Returns:
+        Means over the tokens of policy loss, value loss, ratios beyond ε and KL(π_old‖π); and the largest ratio.
+    """
+    n = episodes.mask[rows].sum()
+    found = episodes.old_logprobs.new_zeros(4)  # sums stay on the device until the step
+    largest = found.new_zeros(())
+    for piece in microbatches(episodes.counted, rows, config.microbatch_size):
+        terms = token_losses(policy, critic, ref, episodes, experience, piece, config, dtype, kernel)
+        totals = Losses(*(term.sum() for term in terms))
+        (total_loss(totals, kl_coef, config) / n).backward()
+
+        with torch.no_grad():
+            ratio = terms.logratio.exp()
+            outside = ((ratio - 1).abs() > config.clip).sum()
+            old_kl = (ratio - 1 - terms.logratio).sum()  # k3 of KL(π_old‖π)
+            found += torch.stack([totals.policy, totals.value, outside, old_kl]) / n
+            largest = torch.maximum(largest, ratio.max())
+    return found, largest
 
 
 @torch.no_grad()
@@ -648,47 +696,44 @@ def train(
         sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "old_kl", "grad_norm"), 0.0)
         ratio_max = episodes.old_logprobs.new_zeros(())
         updates, looks, stopped = 0, 0, False
-        for epoch in range(config.epochs):
-            order = torch.randperm(len(prompts), generator=seeded(seed, step, 3, epoch)).to(device)
-            for rows_now in order.chunk(config.minibatches):
-                tokens_now = int(mask[rows_now].sum())
-                found = mask.new_zeros(4, dtype=episodes.old_logprobs.dtype)  # sums stay on the device until the step
-                for piece in microbatches(episodes.counted, rows_now, config.microbatch_size):
-                    terms = token_losses(policy, critic, ref, episodes, experience, piece, config, dtype, kernel)
-                    totals = Losses(*(term.sum() for term in terms))
-                    (total_loss(totals, state["kl_coef"], config) / tokens_now).backward()
-
-                    with torch.no_grad():
-                        ratio = terms.logratio.exp()
-                        outside = ((ratio - 1).abs() > config.clip).sum()
-                        old_kl = (ratio - 1 - terms.logratio).sum()  # k3 of KL(π_old‖π)
-                        found += torch.stack([totals.policy, totals.value, outside, old_kl]) / tokens_now
-                        ratio_max = torch.maximum(ratio_max, ratio.max())
-                trained = [policy, critic.score] if shared else [policy]
-                grad_norm = torch.nn.utils.clip_grad_norm_(
-                    [p for module in trained for p in module.parameters()], config.max_grad_norm
-                )
-                seen = dict(zip(("policy_loss", "value_loss", "clip_fraction", "old_kl"), found.tolist()))
-                run.require_finite(step, policy_loss=seen["policy_loss"], value_loss=seen["value_loss"])
-                run.require_finite(step, gradient=grad_norm)
-                looks += 1
-                for name, value in seen.items():
-                    sums[name] += value
-                sums["grad_norm"] += float(grad_norm)
-                if 0 < config.stop_kl < seen["old_kl"]:  # far enough already: this step is not taken
-                    stopped = True
+        with side_by_side(device.type == "cpu" and not shared) as both:
+            for epoch in range(config.epochs):
+                order = torch.randperm(len(prompts), generator=seeded(seed, step, 3, epoch)).to(device)
+                for rows_now in order.chunk(config.minibatches):
+                    given = (ref, episodes, experience, rows_now, state["kl_coef"], config, dtype, kernel)
+                    if both is None:
+                        found, largest = add_gradients(policy, critic, *given)
+                    else:
+                        (found, largest), (of_critic, _) = both(
+                            partial(add_gradients, policy, None, *given), partial(add_gradients, None, critic, *given)
+                        )
+                        found += of_critic
+                    ratio_max = torch.maximum(ratio_max, largest)
+                    trained = [policy, critic.score] if shared else [policy]
+                    grad_norm = torch.nn.utils.clip_grad_norm_(
+                        [p for module in trained for p in module.parameters()], config.max_grad_norm
+                    )
+                    seen = dict(zip(("policy_loss", "value_loss", "clip_fraction", "old_kl"), found.tolist()))
+                    run.require_finite(step, policy_loss=seen["policy_loss"], value_loss=seen["value_loss"])
+                    run.require_finite(step, gradient=grad_norm)
+                    looks += 1
+                    for name, value in seen.items():
+                        sums[name] += value
+                    sums["grad_norm"] += float(grad_norm)
+                    if 0 < config.stop_kl < seen["old_kl"]:  # far enough already: this step is not taken
+                        stopped = True
+                        optimizer.zero_grad()
+                        critic_optimizer.zero_grad()
+                        break
+                    if not shared:
+                        torch.nn.utils.clip_grad_norm_(critic.parameters(), config.max_grad_norm)
+                        critic_optimizer.step()
+                        critic_optimizer.zero_grad()
+                    optimizer.step()
                     optimizer.zero_grad()
-                    critic_optimizer.zero_grad()
+                    updates += 1
+                if stopped:
                     break
-                if not shared:
-                    torch.nn.utils.clip_grad_norm_(critic.parameters(), config.max_grad_norm)
-                    critic_optimizer.step()
-                    critic_optimizer.zero_grad()
-                optimizer.step()
-                optimizer.zero_grad()
-                updates += 1
-            if stopped:
-                break
 
         # 6. Log: sums over a response, means over responses or over the tokens that count.
         old_logprobs, ref_logprobs, exact_kl = episodes.old_logprobs, experience.ref_logprobs, experience.kl  # (B, R)

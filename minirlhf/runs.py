@@ -13,6 +13,7 @@ resuming are those of an uninterrupted run, bit for bit, on one machine and thre
 rounding): batches and samples are pure functions of (seed, step), never of a generator's history.
 """
 
+import ctypes
 import importlib.util
 import io
 import json
@@ -24,7 +25,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stderr
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -385,6 +387,7 @@ def cli(main: Callable[[Any], None], args_type: type, prog: str | None = None) -
         args_type: its arguments.
         prog: how the command is called, for its usage line; by default as the file is called.
     """
+    keep_memory()
     try:
         main(_parse(args_type, prog))
     except InputError as error:
@@ -399,6 +402,19 @@ def cli(main: Callable[[Any], None], args_type: type, prog: str | None = None) -
         what = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         print(f"error: memory ran out ({what}); {MEMORY_CURES}", file=sys.stderr)
         sys.exit(2)
+
+
+def keep_memory() -> None:
+    """Have the C library keep what the main thread frees for its next tensors, up to a gigabyte.
+
+    By itself glibc gives the system back what is free at the end of its heap. A step of training frees its activations,
+    and the next one has them mapped and zeroed again, page by page: a tenth of a small model's step. Other C libraries
+    are left as they are, and so are tensors of more than 32 MiB.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, at its highest; set, it no longer moves
 
 
 MEMORY_CURES = (
@@ -503,6 +519,30 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def autocast(device: torch.device, dtype: str):
     """Matrix products in bfloat16 when asked; everything that sums stays float32."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()
+
+
+@contextmanager
+def side_by_side(wanted: bool = True) -> Iterator[Callable[..., tuple[Any, Any]] | None]:
+    """Two pieces of work that share nothing, on half of the CPU's threads each: `both(f, g)` gives what they return.
+
+    Threads that work on one model wait for each other after every operation; here each has its own. None instead of
+    `both` if it is not wanted, or if there is a single thread.
+    """
+    threads = torch.get_num_threads()
+    if not wanted or threads < 2:
+        yield None
+        return
+    try:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads // 2,)) as pool:
+
+            def both(f: Callable[[], Any], g: Callable[[], Any]) -> tuple[Any, Any]:
+                other = pool.submit(g)
+                return f(), other.result()
+
+            torch.set_num_threads(threads - threads // 2)
+            yield both
+    finally:  # when the pool is gone
+        torch.set_num_threads(threads)
 
 
 def mix(*keys: int) -> int:

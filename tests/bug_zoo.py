@@ -159,6 +159,7 @@ class Scorer(rewards.RewardModelScorer):
 
     def __init__(self, network: model.ScalarModel, tokenizer: Tokenizer):
         self.name, self.batch_size, self.model, self.tokenizer = "scorer", 64, network, tokenizer
+        self.dtype = "fp32"
 
 
 Setting = tuple[exact.World, model.GPT, rewards.Reward]
@@ -542,10 +543,10 @@ BUGS = (
         name="cache-off-by-one",
         title="The KV cache is off by one",
         where="minirlhf.decode:_forward",
-        before="torch.ops.minirlhf.decode_attention_(store, qkv, positions)",
-        after="torch.ops.minirlhf.decode_attention_(store, qkv, (positions - 1).clamp(min=0))",
+        before="stores, tokens, positions)",
+        after="stores, tokens, (positions - 1).clamp(min=0))",
         symptom="The first ratio is not 1, and the run stops. Without that check, much is clipped and the reward rises "
-        "less: the sampler overwrites the last token that it should look at.",
+        "less: the sampler puts a new token where the last one stands, and never looks at that one again.",
         why="The place of the last token and the place where the next one goes are one apart.",
         test="tests/test_generate.py::test_logprobs_are_those_of_a_second_reading",
         look=("ratio_drift first", "clip_fraction last", "reward last", "true reward last", "regret last"),
@@ -749,8 +750,8 @@ BUGS = (
         name="old-logprobs-late",
         title="Old log-probs are taken anew before every update",
         where="minirlhf.ppo:token_losses",
-        before="    return Losses(",
-        after="    old_logprobs = now.logprobs.detach()\n    return Losses(",
+        before="    terms = Losses(",
+        after="    old_logprobs = now.logprobs.detach()\n    terms = Losses(",
         symptom="`clip_fraction` and `old_kl` are 0 and `ratio_max` is 1, always. That looks calm, and nothing is "
         "clipped: the more passes over a rollout, the further the policy runs.",
         why="The log-probs are at hand in the update, and those of the sampler have to be kept.",
@@ -1006,12 +1007,12 @@ def main(argv: Sequence[str]) -> int:
     if args.test:
         with infect(bugs[0]):
             return int(pytest.main([str(ROOT / bugs[0].test), "-x", "-pno:cacheprovider", "-Wignore:Module already"]))
+    torch.set_num_threads(1)  # policy and critic in one pass, see ppo.train
     if theirs:
         sys.argv = theirs
         with infect(bugs[0]):
             runpy.run_path(theirs[0], run_name="__main__")
         return 0
-    torch.set_num_threads(1)
     observed = {}
     for bug in bugs:
         seen = observed[bug.name] = observe(bug)

@@ -405,7 +405,8 @@ def test_operators_have_their_kind(bench):
     for operator, kind in (
         ("aten::addmm", "matrix products"), ("aten::bmm", "attention"), ("aten::_fused_adamw_", "optimiser"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"), ("aten::copy_", "copies"),
-        ("minirlhf::linear_token_stats", "fused op"), ("minirlhf::decode_attention_", "attention"),
+        ("minirlhf::linear_token_stats", "fused op"), ("minirlhf::decode_step_", "attention"),
+        ("minirlhf::attention_backward", "attention"),
         ("minirlhf::gelu", "elementwise and norms"), ("aten::gelu_backward", "elementwise and norms"),
         ("autograd::engine::evaluate_function: AddmmBackward0", "matrix products"), ("ProfilerStep#1", None),
     ):  # fmt: skip
@@ -448,6 +449,7 @@ def test_operations_are_those_that_torch_counts(bench):
     config = GPTConfig(vocab_size=320, n_positions=16, n_layer=3, n_head=4, n_embd=32)
     B, T = 5, 12
     model, tokens = GPT(config), torch.randint(320, (B, T))
+    model.use_kernel("reference")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         hidden = model(tokens)
     assert forward.get_total_flops() == flops.trunk(config, B * T, B * T * T)

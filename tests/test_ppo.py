@@ -905,6 +905,53 @@ def test_padding_changes_no_logged_mean(tiny, tiny_tokenizer, tmp_path, plain_de
     assert (logged[1] | seconds) == pytest.approx(logged[0] | seconds, abs=1e-4)
 
 
+@pytest.mark.parametrize("kl_in", ["reward", "both"])
+def test_two_threads_learn_what_one_learns(tiny, tiny_tokenizer, tmp_path, plain_descent, kl_in):
+    """Policy and critic side by side, in several microbatches, against one pass over both."""
+    config = dataclasses.replace(ONE, epochs=2, minibatches=2, microbatch_size=2, lr=0.1, critic_lr=0.1, kl_in=kl_in)
+    found, looks, backward = [], [], ppo.add_gradients
+    for threads in (1, 2):
+        policy = tiny()
+        critic = separate_critic(policy)
+        looks.clear()
+        plain_descent.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ppo, "add_gradients", lambda p, c, *rest: looks.append((p, c)) or backward(p, c, *rest))
+            torch.set_num_threads(threads)
+            try:
+                metrics = train_tiny(tmp_path / str(threads), policy, clone(tiny(3)), critic, tiny_tokenizer, config)
+            finally:
+                after = torch.get_num_threads()
+                torch.set_num_threads(1)
+        assert after == threads
+        assert len(looks) == 4 * threads
+        together = [p is not None and c is not None for p, c in looks]
+        assert all(together) if threads == 1 else not any(together)
+        found.append((metrics, weights(policy), weights(critic)))
+    seconds = {"rollout_seconds": 0, "update_seconds": 0, "ratio_drift": 0}
+    (one, *networks), (two, *others) = found
+    assert (two | seconds) == pytest.approx(one | seconds, abs=1e-4)
+    for network, other in zip(networks, others):
+        torch.testing.assert_close(other, network, rtol=0, atol=2e-5)
+
+
+def test_a_critic_that_fails_on_its_thread_ends_the_run(tiny, tiny_tokenizer, tmp_path, monkeypatch):
+    def broken(policy, critic, *rest):
+        if policy is None:
+            raise ValueError("no values today")
+        return torch.zeros(4), torch.zeros(())
+
+    monkeypatch.setattr(ppo, "add_gradients", broken)
+    policy = tiny()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="no values today"):
+            train_tiny(tmp_path / "run", policy, clone(policy), separate_critic(policy), tiny_tokenizer, ONE)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 LEARN = PPOConfig(
     steps=20, batch_size=32, epochs=2, minibatches=2, response_tokens="6", lr=1e-2, critic_lr=1e-2, kl_coef=0.02,
     missing_eot_penalty=0.0,
@@ -982,12 +1029,15 @@ def test_the_step_that_would_go_too_far_is_not_taken(tiny, tiny_tokenizer, tmp_p
 
 
 def test_bf16_runs_within_its_noise_floor(tiny, tiny_tokenizer, tmp_path):
-    policy = tiny()
-    metrics = train_tiny(
-        tmp_path / "run", policy, clone(policy), separate_critic(policy), tiny_tokenizer, FEW, dtype="bf16"
-    )
-    assert 1e-5 < metrics["ratio_drift"] < ppo.NOISE_FLOOR["bf16"]
-    assert math.isfinite(metrics["kl_exact"])
+    metrics = {}
+    for dtype in ("fp32", "bf16"):
+        policy = tiny()
+        given = policy, clone(policy), separate_critic(policy), tiny_tokenizer, FEW
+        metrics[dtype] = train_tiny(tmp_path / dtype, *given, dtype=dtype)
+        assert metrics[dtype]["ratio_drift"] < ppo.NOISE_FLOOR[dtype]
+        assert math.isfinite(metrics[dtype]["kl_exact"])
+    # Products really were rounded, in sampling and in training alike.
+    assert abs(metrics["bf16"]["entropy"] - metrics["fp32"]["entropy"]) > 1e-5
 
 
 # --- resuming, mistakes -----------------------------------------------------------------------------------------------

@@ -247,9 +247,13 @@ def test_both_kernels_give_the_same_curves(in_chain, call, tmp_path, name):
         call(script, *arguments, "--out", tmp_path / kernel, "--kernel", kernel)
         curves.append(rows(tmp_path / kernel / "metrics.jsonl"))
     assert len(curves[0]) == len(curves[1]) == STEPS
-    for fused, reference in zip(*curves):
+    for step, (fused, reference) in enumerate(zip(*curves)):
         assert fused.keys() == reference.keys()
-        for key in fused.keys() - {"rollout_seconds", "update_seconds", "seconds", "ratio_drift"}:
+        aside = {"rollout_seconds", "update_seconds", "seconds", "ratio_drift"}
+        if name == "dpo-file" and step == 0:  # the policy is the reference: the sign of a margin is rounding's
+            assert abs(fused["margin"]) < 1e-5 > abs(reference["margin"])
+            aside.add("accuracy")
+        for key in fused.keys() - aside:
             assert fused[key] == pytest.approx(reference[key], rel=2e-3, abs=2e-4), key
 
 

@@ -1,18 +1,29 @@
-// Attention of one new token a row over the keys and values kept of the tokens before it. On the CPU.
+// Attention of whole sequences, and its gradient, from the product that holds queries, keys and values. On the CPU.
 //
-//   keys[p] = k, values[p] = v          p: the new token's position, which is also its slot
-//   out = Σ_{s ≤ p} w_s values[s]       w = softmax over s ≤ p of q · keys[s] / √d
+//   P[t][s] = softmax over s of q[t] · k[s] / √d        s ≤ t, or where a mask says so
+//   out[t] = Σ_s P[t][s] v[s]
 //
-// A head of a row is one task, reads its filled slots once each and no others, and depends on nothing beside it: rows
-// of different lengths need no mask, and a row's result is bitwise the same whatever the batch. As batched matrix
-// products the same takes several operations, with masks for what a row does not have.
-// Source: Vaswani et al. 2017, eq. 1.
+//   dP[t][s] = dout[t] · v[s]                           dS = P (dP - Σ_s P dP) / √d
+//   dq[t] = Σ_s dS[t][s] k[s]                           dk[s] = Σ_t dS[t][s] q[t]       dv[s] = Σ_t P[t][s] dout[t]
+//
+// A head of a sequence is one task. It works on a few queries at a time, whose weights stay in the first cache, and
+// looks no further than the last token that one of them looks at; the gradient computes them again rather than keep
+// them. Written out in torch, short sequences take longer to be rearranged for batched products, and back, than to be
+// multiplied.
+// Source: Vaswani et al. 2017, eq. 1; the gradient by blocks without stored weights: Dao et al. 2022,
+// "FlashAttention", appendix B.2. Differs: a few queries look at all their keys at once, so that no softmax is put
+// together from parts; up to a thousand tokens or so a head's keys fit into the cache.
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "exp.h"
@@ -24,102 +35,260 @@ using at::Tensor;
 using V = Vec<float>;
 
 constexpr int64_t lanes = V::size();
-constexpr int64_t numbers_per_task = 1 << 14;  // of keys; less is not worth waking a thread for
+constexpr int64_t block = 8;  // queries at a time
 constexpr float log2_e = 1.4426950408889634f;
 
-// A head's vector of d numbers in registers' worth of pieces; the last piece may be part of one, filled with 0.
-template <typename F>
-inline void for_pieces(int64_t d, F f) {
-  for (int64_t i = 0; i < d; i += lanes) f(i, std::min(lanes, d - i));
+int64_t padded(int64_t n) { return (n + lanes - 1) / lanes * lanes; }
+
+float total(const V& x) {
+  return at::vec::vec_reduce_all<float>([](V& a, V& b) { return a + b; }, x);
 }
 
-float dot(const float* a, const float* b, int64_t d) {
-  V sum(0);
-  for_pieces(d, [&](int64_t i, int64_t n) { sum = at::vec::fmadd(V::loadu(a + i, n), V::loadu(b + i, n), sum); });
-  return at::vec::vec_reduce_all<float>([](V& x, V& y) { return x + y; }, sum);
-}
-
-// Scores to weights exp(score - largest), in place; returns their sum. `room` is as long as whole vectors need.
-float weigh(float* room, int64_t n) {
-  float largest = room[0];
-  for (int64_t s = 1; s < n; ++s) largest = std::max(largest, room[s]);
-  const V unit(in_bits<float> ? log2_e : 1.0f), top(largest);
-  V sum(0);
+// to[r][s] = Σ_i rows[r][i] columns[i][s] for s < n, to whole vectors. rows: `block` of them, d numbers every `stride`.
+void products(const float* rows, int64_t stride, const float* columns, float* to, int64_t width, int64_t n, int64_t d) {
   for (int64_t s = 0; s < n; s += lanes) {
-    const int64_t count = std::min(lanes, n - s);
-    V weights = exp_level<float>((V::loadu(room + s) - top) * unit);
-    if (count < lanes) weights = V::set(V(0), weights, count);
-    weights.store(room + s);
-    sum = sum + weights;
+    V sum[block];
+    for (int r = 0; r < block; ++r) sum[r] = V(0);
+    for (int64_t i = 0; i < d; ++i) {
+      const V column = V::loadu(columns + i * width + s);
+      for (int r = 0; r < block; ++r) sum[r] = at::vec::fmadd(V(rows[r * stride + i]), column, sum[r]);
+    }
+    for (int r = 0; r < block; ++r) sum[r].store(to + r * width + s);
   }
-  return at::vec::vec_reduce_all<float>([](V& x, V& y) { return x + y; }, sum);
 }
 
-template <typename T>
-void attend(float* keys, float* values, const T* qkv, T* out, int64_t p, int64_t d, std::vector<float>& room) {
-  float* query = room.data();
-  float* weights = query + d;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  for (int64_t i = 0; i < d; ++i) {
-    query[i] = static_cast<float>(qkv[i]) * scale;
-    keys[p * d + i] = static_cast<float>(qkv[d + i]);
-    values[p * d + i] = static_cast<float>(qkv[2 * d + i]);
+// to[r] = Σ_{s < n} weights[r][s] rows[s]
+void mix(const float* weights, int64_t width, const float* rows, int64_t stride, float* to, int64_t n) {
+  for (int64_t i = 0; i < stride; i += lanes) {
+    V sum[block];
+    for (int r = 0; r < block; ++r) sum[r] = V(0);
+    for (int64_t s = 0; s < n; ++s) {
+      const V row = V::loadu(rows + s * stride + i);
+      for (int r = 0; r < block; ++r) sum[r] = at::vec::fmadd(V(weights[r * width + s]), row, sum[r]);
+    }
+    for (int r = 0; r < block; ++r) sum[r].store(to + r * stride + i);
   }
-  for (int64_t s = 0; s <= p; ++s) weights[s] = dot(query, keys + s * d, d);
-  const float inverse = 1.0f / weigh(weights, p + 1);
-  for_pieces(d, [&](int64_t i, int64_t n) {
-    V sum(0);
-    for (int64_t s = 0; s <= p; ++s) sum = at::vec::fmadd(V(weights[s]), V::loadu(values + s * d + i, n), sum);
-    float piece[lanes];
-    (sum * V(inverse)).store(piece);
-    for (int64_t j = 0; j < n; ++j) out[i + j] = static_cast<T>(piece[j]);
+}
+
+// to[s] += Σ_r weights[r][s] rows[r] for s < n
+void spread(const float* weights, int64_t width, const float* rows, int64_t stride, float* to, int64_t n) {
+  for (int64_t i = 0; i < stride; i += lanes) {
+    V row[block];
+    for (int r = 0; r < block; ++r) row[r] = V::loadu(rows + r * stride + i);
+    for (int64_t s = 0; s < n; ++s) {
+      V sum = V::loadu(to + s * stride + i);
+      for (int r = 0; r < block; ++r) sum = at::vec::fmadd(V(weights[r * width + s]), row[r], sum);
+      sum.store(to + s * stride + i);
+    }
+  }
+}
+
+// One head of one sequence, in float32: vectors of d numbers lie `stride` apart, filled up with 0 to whole vectors, and
+// so do the queries to whole blocks.
+class Head {
+ public:
+  Head(int64_t T, int64_t d, bool gradient)
+      : T(T), d(d), stride(padded(d)), width(padded(T)), scale(1.0f / std::sqrt(static_cast<float>(d))) {
+    const int64_t rows = T + block;
+    room.assign((gradient ? 7 : 3) * rows * stride + (gradient ? 2 : 1) * (d + block) * width, 0.0f);
+    float* next = room.data();
+    const auto take = [&](int64_t n) { return std::exchange(next, next + n); };
+    q = take(rows * stride), k = take(rows * stride), v = take(rows * stride);
+    k_columns = take(d * width), weights = take(block * width);
+    if (!gradient) return;
+    above = take(rows * stride), v_columns = take(d * width), slopes = take(block * width);
+    dq = take(rows * stride), dk = take(rows * stride), dv = take(rows * stride);
+  }
+
+  // qkv: the sequence's first query of this head; a token's three parts lie D apart, tokens 3D.
+  template <typename T_>
+  void read(const T_* qkv, int64_t D) {
+    for (int64_t t = 0; t < T; ++t) {
+      const T_* token = qkv + t * 3 * D;
+      for (int64_t i = 0; i < d; ++i) {
+        q[t * stride + i] = static_cast<float>(token[i]);
+        k[t * stride + i] = k_columns[i * width + t] = static_cast<float>(token[D + i]);
+        v[t * stride + i] = static_cast<float>(token[2 * D + i]);
+      }
+    }
+  }
+
+  // The weights of queries t, t + 1, … on all that they look at; returns how many tokens these are. mask: (T, T) of the
+  // sequence, or none.
+  int64_t weigh(int64_t t, const bool* mask) {
+    int64_t reach = std::min(T, t + block);
+    if (mask) {
+      for (reach = T; reach > 1; --reach) {
+        bool seen = false;
+        for (int64_t r = t; r < std::min(T, t + block); ++r) seen |= mask[r * T + reach - 1];
+        if (seen) break;
+      }
+    }
+    products(q + t * stride, stride, k_columns, weights, width, reach, d);
+    const V unit(scale * (in_bits<float> ? log2_e : 1.0f));
+    for (int64_t r = 0; r < block; ++r) {
+      float* row = weights + r * width;
+      if (t + r >= T) {  // no query: it takes and gives nothing
+        std::fill(row, row + padded(reach), 0.0f);
+        continue;
+      }
+      const int64_t own = mask ? reach : std::min(reach, t + r + 1);
+      for (int64_t s = own; s < padded(reach); ++s) row[s] = -std::numeric_limits<float>::infinity();
+      for (int64_t s = 0; mask && s < own; ++s)
+        if (!mask[(t + r) * T + s]) row[s] = -std::numeric_limits<float>::infinity();
+      V largest = V::loadu(row);
+      for (int64_t s = lanes; s < reach; s += lanes) largest = at::vec::maximum(largest, V::loadu(row + s));
+      const V top(at::vec::vec_reduce_all<float>([](V& a, V& b) { return at::vec::maximum(a, b); }, largest));
+      V sum(0);
+      for (int64_t s = 0; s < reach; s += lanes) {
+        const V weight = exp_level<float>((V::loadu(row + s) - top) * unit);
+        weight.store(row + s);
+        sum = sum + weight;
+      }
+      const V inverse(1.0f / total(sum));
+      for (int64_t s = 0; s < reach; s += lanes) (V::loadu(row + s) * inverse).store(row + s);
+    }
+    return reach;
+  }
+
+  // out: like qkv, the first of this head; tokens lie D apart.
+  template <typename T_>
+  void forward(const bool* mask, T_* out, int64_t D) {
+    std::vector<float> mixed(block * stride);
+    for (int64_t t = 0; t < T; t += block) {
+      const int64_t reach = weigh(t, mask);
+      mix(weights, width, v, stride, mixed.data(), reach);
+      for (int64_t r = t; r < std::min(T, t + block); ++r)
+        for (int64_t i = 0; i < d; ++i) out[r * D + i] = static_cast<T_>(mixed[(r - t) * stride + i]);
+    }
+  }
+
+  // grad: like out; to: like qkv.
+  template <typename T_>
+  void backward(const bool* mask, const T_* grad, T_* to, int64_t D) {
+    for (int64_t t = 0; t < T; ++t) {
+      for (int64_t i = 0; i < d; ++i) {
+        above[t * stride + i] = static_cast<float>(grad[t * D + i]);
+        v_columns[i * width + t] = v[t * stride + i];
+      }
+    }
+    std::fill(dk, dk + T * stride, 0.0f);
+    std::fill(dv, dv + T * stride, 0.0f);
+    for (int64_t t = 0; t < T; t += block) {
+      const int64_t reach = weigh(t, mask);
+      products(above + t * stride, stride, v_columns, slopes, width, reach, d);
+      for (int64_t r = 0; r < block; ++r) {
+        float *slope = slopes + r * width, *weight = weights + r * width;
+        V sum(0);
+        for (int64_t s = 0; s < reach; s += lanes) sum = at::vec::fmadd(V::loadu(slope + s), V::loadu(weight + s), sum);
+        const V mean(total(sum)), unit(scale);
+        for (int64_t s = 0; s < reach; s += lanes)
+          ((V::loadu(slope + s) - mean) * V::loadu(weight + s) * unit).store(slope + s);
+      }
+      mix(slopes, width, k, stride, dq + t * stride, reach);
+      spread(slopes, width, q + t * stride, stride, dk, reach);
+      spread(weights, width, above + t * stride, stride, dv, reach);
+    }
+    for (int64_t t = 0; t < T; ++t) {
+      T_* token = to + t * 3 * D;
+      for (int64_t i = 0; i < d; ++i) {
+        token[i] = static_cast<T_>(dq[t * stride + i]);
+        token[D + i] = static_cast<T_>(dk[t * stride + i]);
+        token[2 * D + i] = static_cast<T_>(dv[t * stride + i]);
+      }
+    }
+  }
+
+ private:
+  const int64_t T, d, stride, width;
+  const float scale;
+  std::vector<float> room;
+  float *q, *k, *v, *k_columns, *weights;
+  float *above = nullptr, *v_columns = nullptr, *slopes = nullptr, *dq = nullptr, *dk = nullptr, *dv = nullptr;
+};
+
+void check(const Tensor& qkv, int64_t heads, const std::optional<Tensor>& attend) {
+  TORCH_CHECK_VALUE(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0, "qkv must be (B, T, 3 · ", heads,
+                    " · d), got ", qkv.sizes());
+  if (!attend) return;
+  const int64_t B = qkv.size(0), T = qkv.size(1);
+  TORCH_CHECK_TYPE(attend->scalar_type() == at::kBool, "attend must be bool, got ", attend->scalar_type());
+  TORCH_CHECK_VALUE(attend->sizes() == at::IntArrayRef({B, T, T}), "attend must be (", B, ", ", T, ", ", T, "), got ",
+                    attend->sizes());
+}
+
+// Runs f(head, b, first) for every head of every sequence: `first` is where the head's numbers begin in a token's D.
+template <typename F>
+void for_heads(const Tensor& qkv, int64_t heads, bool gradient, F f) {
+  const int64_t B = qkv.size(0), T = qkv.size(1), d = qkv.size(2) / (3 * heads);
+  if (qkv.numel() == 0) return;
+  at::parallel_for(0, B * heads, 1, [&](int64_t begin, int64_t end) {
+    Head head(T, d, gradient);
+    for (int64_t n = begin; n < end; ++n) f(head, n / heads, n % heads * d);
   });
 }
 
-// store (2, C, S, d) float32: keys and values of C heads, head n of row b at n = b H + h; qkv (B·H, 3, d) float32 or
-// bfloat16; positions (B,) int64. Returns (B·H, d) in qkv's type.
-Tensor decode_attention_(Tensor& store, const Tensor& qkv, const Tensor& positions) {
-  TORCH_CHECK_VALUE(store.dim() == 4 && store.size(0) == 2 && store.is_contiguous(), "store must be (2, C, S, d)");
-  TORCH_CHECK_TYPE(store.scalar_type() == at::kFloat, "store must be float32, got ", store.scalar_type());
-  const int64_t heads = qkv.size(0), S = store.size(2), d = store.size(3), B = positions.numel();
-  TORCH_CHECK_VALUE(qkv.dim() == 3 && qkv.size(1) == 3 && qkv.size(2) == d && heads <= store.size(1),
-                    "qkv must be (heads, 3, ", d, ") with at most ", store.size(1), " heads");
-  TORCH_CHECK_VALUE(B > 0 ? heads % B == 0 : heads == 0, heads, " heads do not divide among ", B, " rows");
-  TORCH_CHECK_TYPE(positions.scalar_type() == at::kLong, "positions must be int64, got ", positions.scalar_type());
-  const Tensor input = qkv.contiguous(), at = positions.contiguous();
-  const int64_t* p = at.const_data_ptr<int64_t>();
-  int64_t longest = 0, slots = 0;
-  for (int64_t b = 0; b < B; ++b) {
-    TORCH_CHECK_VALUE(p[b] >= 0 && p[b] < S, "position ", p[b], " is outside the ", S, " slots of a row");
-    longest = std::max(longest, p[b] + 1);
-    slots += p[b] + 1;
-  }
-  Tensor out = at::empty({heads, d}, qkv.options());
-  if (heads == 0) return out;
-  const int64_t H = heads / B, each = slots / B * d;
-  float *keys = store.mutable_data_ptr<float>(), *values = keys + store.size(1) * S * d;
-  const auto run = [&](auto kind) {
-    using T = decltype(kind);
-    const T* from = input.const_data_ptr<T>();
-    T* to = out.mutable_data_ptr<T>();
-    const int64_t grain = std::max<int64_t>(1, numbers_per_task / std::max<int64_t>(1, each));
-    at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> room(d + longest + lanes);
-      for (int64_t n = begin; n < end; ++n)
-        attend(keys + n * S * d, values + n * S * d, from + n * 3 * d, to + n * d, p[n / H], d, room);
+template <typename F>
+void for_type(const Tensor& x, F f) {
+  if (x.scalar_type() == at::kFloat) return f(float{});
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kBFloat16, "attention takes float32 or bfloat16, got ", x.scalar_type());
+  f(at::BFloat16{});
+}
+
+const bool* mask_of(const std::optional<Tensor>& attend, int64_t b) {
+  return attend ? attend->const_data_ptr<bool>() + b * attend->stride(0) : nullptr;
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& attend) {
+  return attend ? std::optional<Tensor>(attend->contiguous()) : std::nullopt;
+}
+
+// qkv (B, T, 3D): queries, keys and values, in each head after head; attend (B, T, T), True where row t looks at s, and
+// at least once in each row; none = at itself and back. Returns (B, T, D).
+Tensor attention(const Tensor& qkv, int64_t heads, const std::optional<Tensor>& attend) {
+  check(qkv, heads, attend);
+  const Tensor input = qkv.contiguous();
+  const auto mask = contiguous(attend);
+  const int64_t T = input.size(1), D = input.size(2) / 3;
+  Tensor out = at::empty({input.size(0), T, D}, input.options());
+  for_type(input, [&](auto kind) {
+    using T_ = decltype(kind);
+    const T_* from = input.const_data_ptr<T_>();
+    T_* to = out.mutable_data_ptr<T_>();
+    for_heads(input, heads, false, [&](Head& head, int64_t b, int64_t first) {
+      head.read(from + b * T * 3 * D + first, D);
+      head.forward(mask_of(mask, b), to + b * T * D + first, D);
     });
-  };
-  if (qkv.scalar_type() == at::kFloat) {
-    run(float{});
-  } else {
-    TORCH_CHECK_TYPE(qkv.scalar_type() == at::kBFloat16, "qkv must be float32 or bfloat16, got ", qkv.scalar_type());
-    run(at::BFloat16{});
-  }
+  });
+  return out;
+}
+
+Tensor attention_backward(const Tensor& grad, const Tensor& qkv, int64_t heads, const std::optional<Tensor>& attend) {
+  check(qkv, heads, attend);
+  const Tensor input = qkv.contiguous(), outer = grad.contiguous();
+  const bool fits = outer.sizes() == at::IntArrayRef({input.size(0), input.size(1), input.size(2) / 3});
+  TORCH_CHECK_VALUE(fits && outer.scalar_type() == input.scalar_type(),
+                    "the gradient must have the output's shape and type");
+  const auto mask = contiguous(attend);
+  const int64_t T = input.size(1), D = input.size(2) / 3;
+  Tensor out = at::empty_like(input);
+  for_type(input, [&](auto kind) {
+    using T_ = decltype(kind);
+    const T_ *from = input.const_data_ptr<T_>(), *above = outer.const_data_ptr<T_>();
+    T_* to = out.mutable_data_ptr<T_>();
+    for_heads(input, heads, true, [&](Head& head, int64_t b, int64_t first) {
+      head.read(from + b * T * 3 * D + first, D);
+      head.backward(mask_of(mask, b), above + b * T * D + first, to + b * T * 3 * D + first, D);
+    });
+  });
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(minirlhf, CPU, m) { m.impl("decode_attention_", decode_attention_); }
+TORCH_LIBRARY_IMPL(minirlhf, CPU, m) {
+  m.impl("attention", attention);
+  m.impl("attention_backward", attention_backward);
+}
 
 }  // namespace minirlhf::cpu

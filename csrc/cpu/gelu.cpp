@@ -12,11 +12,10 @@
 #include <torch/library.h>
 
 #include "exp.h"
+#include "kernels.h"
 
 namespace minirlhf::cpu {
 namespace {
-
-using at::Tensor;
 
 constexpr double twice_root = 1.5957691216057308;  // 2 √(2/π)
 constexpr double cubic = 0.044715;
@@ -54,6 +53,8 @@ void for_type(const Tensor& x, F f) {
   f(at::BFloat16{});
 }
 
+}  // namespace
+
 Tensor gelu(const Tensor& x) {
   const Tensor input = x.contiguous();
   Tensor out = at::empty_like(input);
@@ -67,6 +68,8 @@ Tensor gelu(const Tensor& x) {
   });
   return out;
 }
+
+namespace {
 
 Tensor gelu_backward(const Tensor& grad, const Tensor& x) {
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(),
