@@ -885,8 +885,9 @@ def test_a_run_may_be_copied(tmp_path, tiny):
 def test_freed_memory_is_kept():
     """Tensors of a step, made and freed again and again, map no new pages; each way in a process of its own."""
     program = (
-        "import resource, sys, torch\n"
+        "import ctypes, resource, sys, torch\n"
         "from minirlhf.runs import keep_memory\n"
+        "ctypes.CDLL(None).mallopt(-3, 1 << 17)  # as glibc begins; it adapts, by what was freed before\n"
         "if sys.argv[1] == 'kept': keep_memory()\n"
         "def step(): tensors = [torch.ones(500_000) for _ in range(12)]\n"
         "for _ in range(5): step()\n"
