@@ -6,8 +6,7 @@
 Steps of the shipped train functions on tokens of fixed length, under torch.profiler. Each operator's own time counts
 for its kind; what no operator accounts for is Python, and the profiler itself, which makes small operators dearer than
 they are: the column `plain` is the same step without it. Only the main thread is followed: in PPO the policy's, while
-the critic learns on another. The floor is the time that the matrix products alone would
-take here (_flops.py).
+the critic learns on another. The floor is the time that the matrix products alone would take here (_flops.py).
 
 (Not named profile.py: beside these scripts, that would stand before Python's own `profile`, which torch imports.)
 """

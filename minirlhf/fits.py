@@ -40,8 +40,8 @@ def activation_bytes(
     A block keeps, a token and in units of the width D: the input of both norms (2), what they pass on (2), queries,
     keys and values (3), the mixed values (1, and once more as the output of torch's operator, which our own attention
     does not keep), the hidden layer before and after its GELU (8). Under bf16 all of it but the inputs of the norms
-    takes half. The gradient itself holds about 12 D a token at a time. With
-    checkpointing a block keeps its input, and only the one at hand has all.
+    takes half. The gradient itself holds about 12 D a token at a time. With checkpointing a block keeps its input, and
+    only the one at hand has all.
 
     Args:
         config: the network's.

@@ -104,8 +104,8 @@ def gelu(x: Float[Tensor, "*n"], kernel: str = "auto") -> Float[Tensor, "*n"]:
 
 
 def _fused_here(x: Tensor, kernel: str) -> bool:
-    """Whether the network's fused kernels take x: float32 and bfloat16 on a CPU, where torch's own operators take two
-    to four times as long; and not where torch.compile makes operators of its own.
+    """Whether the network's fused kernels take x: float32 and bfloat16 on a CPU, where torch's own operators take up
+    to five times as long; and not where torch.compile makes operators of its own.
     """
     here = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
     return here and _use_fused(kernel, "cpu")

@@ -408,8 +408,8 @@ def keep_memory() -> None:
     """Have the C library keep what the main thread frees for its next tensors, up to a gigabyte.
 
     By itself glibc gives the system back what is free at the end of its heap. A step of training frees its activations,
-    and the next one has them mapped and zeroed again, page by page: a tenth of a small model's step. Other C libraries
-    are left as they are, and so are tensors of more than 32 MiB.
+    and the next one has them mapped and zeroed again, page by page: about a twentieth of a small model's step. Other C
+    libraries are left as they are, and so are tensors of more than 32 MiB.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

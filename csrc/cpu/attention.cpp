@@ -44,7 +44,8 @@ float total(const V& x) {
   return at::vec::vec_reduce_all<float>([](V& a, V& b) { return a + b; }, x);
 }
 
-// to[r][s] = Σ_i rows[r][i] columns[i][s] for s < n, to whole vectors. rows: `block` of them, d numbers every `stride`.
+// to[r][s] = Σ_{i < d} rows[r][i] columns[i][s] for s < n, to whole vectors. rows: `block` of them, `stride` apart; those
+// of columns and of the result are `width` apart.
 void products(const float* rows, int64_t stride, const float* columns, float* to, int64_t width, int64_t n, int64_t d) {
   for (int64_t s = 0; s < n; s += lanes) {
     V sum[block];
@@ -54,19 +55,6 @@ void products(const float* rows, int64_t stride, const float* columns, float* to
       for (int r = 0; r < block; ++r) sum[r] = at::vec::fmadd(V(rows[r * stride + i]), column, sum[r]);
     }
     for (int r = 0; r < block; ++r) sum[r].store(to + r * width + s);
-  }
-}
-
-// to[r] = Σ_{s < n} weights[r][s] rows[s]
-void mix(const float* weights, int64_t width, const float* rows, int64_t stride, float* to, int64_t n) {
-  for (int64_t i = 0; i < stride; i += lanes) {
-    V sum[block];
-    for (int r = 0; r < block; ++r) sum[r] = V(0);
-    for (int64_t s = 0; s < n; ++s) {
-      const V row = V::loadu(rows + s * stride + i);
-      for (int r = 0; r < block; ++r) sum[r] = at::vec::fmadd(V(weights[r * width + s]), row, sum[r]);
-    }
-    for (int r = 0; r < block; ++r) sum[r].store(to + r * stride + i);
   }
 }
 
@@ -157,7 +145,7 @@ class Head {
     std::vector<float> mixed(block * stride);
     for (int64_t t = 0; t < T; t += block) {
       const int64_t reach = weigh(t, mask);
-      mix(weights, width, v, stride, mixed.data(), reach);
+      products(weights, width, v, mixed.data(), stride, stride, reach);
       for (int64_t r = t; r < std::min(T, t + block); ++r)
         for (int64_t i = 0; i < d; ++i) out[r * D + i] = static_cast<T_>(mixed[(r - t) * stride + i]);
     }
@@ -185,7 +173,7 @@ class Head {
         for (int64_t s = 0; s < reach; s += lanes)
           ((V::loadu(slope + s) - mean) * V::loadu(weight + s) * unit).store(slope + s);
       }
-      mix(slopes, width, k, stride, dq + t * stride, reach);
+      products(slopes, width, k, dq + t * stride, stride, stride, reach);
       spread(slopes, width, q + t * stride, stride, dk, reach);
       spread(weights, width, above + t * stride, stride, dv, reach);
     }
