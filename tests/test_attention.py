@@ -177,8 +177,10 @@ def step_inputs(B, dtype=torch.float32, layers=2, n_head=2, d=8, slots=12, pack=
 
     model = GPT(GPTConfig(vocab_size=100, n_positions=16, n_layer=layers, n_head=n_head, n_embd=n_head * d))
     init_weights(model, 0)
-    weights = _weights(model, None if dtype == torch.float32 else dtype, pack)
     g = torch.Generator().manual_seed(B)
+    for parameter in model.parameters():  # norms and biases, too, which begin all alike
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
+    weights = _weights(model, None if dtype == torch.float32 else dtype, pack)
     stores = [torch.randn(2, B * n_head, slots, d, generator=g) for _ in range(layers)]
     tokens, positions = torch.randint(100, (B,), generator=g), torch.randint(slots, (B,), generator=g)
     return weights, stores, tokens, positions
