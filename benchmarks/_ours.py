@@ -18,7 +18,7 @@ from minirlhf.data import Demonstration, Ranking, Text
 from minirlhf.generate import Sampling, generate
 from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights
 from minirlhf.rewards import RewardModelScorer
-from minirlhf.runs import Run, RunArgs, keep_memory, load_run
+from minirlhf.runs import Run, RunArgs, keep_memory, load_run, prepare
 from minirlhf.token_stats import token_stats
 from minirlhf.tokenizer import Tokenizer, TokenText
 
@@ -138,7 +138,6 @@ def dpo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
         microbatch_size=job["micro"], held_out=0.0,
     )  # fmt: skip
     settings = accepted(dpo.train, job["settings"])
-    policy.checkpointing = job["settings"].get("checkpointing", False)
     ref.requires_grad_(False)
     # `train` reads the reference once, before the first step; a round does it again for the one batch there is.
     data_of = accepted(dpo.with_reference, {"dtype": "fp32", "kernel": "auto"} | job["settings"])
@@ -147,6 +146,7 @@ def dpo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     run = TurnRun(
         job, turns, settings, lambda: dpo.with_reference(ref, records, tokenizer.eot, size, False, **data_of)
     )  # fmt: skip
+    prepare(RunArgs(run.folder, checkpointing=job["settings"].get("checkpointing", False)), policy)
     dpo.train(policy.train(), ref, rankings(data), [], tokenizer, config, run, seed=0, **settings)
 
 

@@ -26,6 +26,7 @@ from minirlhf import InputError
 from minirlhf.checkpoints import load_model, save_model
 from minirlhf.model import GPT, GPTConfig, ScalarModel, decay_groups, init_weights
 from minirlhf.runs import (
+    LEAN,
     Run,
     RunArgs,
     autocast,
@@ -886,21 +887,28 @@ def test_freed_memory_is_kept():
     """Tensors of a step, made and freed again and again, map no new pages; each way in a process of its own."""
     program = (
         "import ctypes, resource, sys, torch\n"
-        "from minirlhf.runs import keep_memory\n"
+        "from minirlhf.runs import RunArgs, keep_memory, prepare\n"
+        "how, size = sys.argv[1], int(sys.argv[2])\n"
         "ctypes.CDLL(None).mallopt(-3, 1 << 17)  # as glibc begins; it adapts, by what was freed before\n"
-        "if sys.argv[1] == 'kept': keep_memory()\n"
-        "def step(): tensors = [torch.ones(500_000) for _ in range(12)]\n"
+        "if how != 'as it comes': keep_memory()\n"
+        "prepare(RunArgs('none', device='cpu', checkpointing=how == 'lean'))\n"
+        "def step(): tensors = [torch.ones(size // 4) for _ in range(12)]\n"
         "for _ in range(5): step()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(10): step()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
-    faults = {}
-    for how in ("kept", "as it comes"):
-        done = subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, timeout=300)
+
+    def faults(how: str, size: int) -> int:
+        command = [sys.executable, "-c", program, how, str(size)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        faults[how] = int(done.stdout)
-    assert 10 * faults["kept"] < faults["as it comes"]
+        return int(done.stdout)
+
+    small, large = LEAN // 2, 2 * LEAN
+    assert 10 * faults("kept", small) < faults("as it comes", small)
+    assert 10 * faults("kept", large) < faults("lean", large), "with checkpointing, large tensors are given back"
+    assert 10 * faults("lean", small) < faults("lean", large), "and small ones are kept"
 
 
 def test_side_by_side():
