@@ -43,9 +43,11 @@ CaseName = Literal["sampling", "ppo", "dpo", "rm", "sft"]
 KINDS: dict[str, tuple[str, ...]] = {
     "optimiser": ("adam", "_foreach", "clip_grad", "linalg_vector_norm"),
     "fused op": ("token_stats",),
-    # Attention alone multiplies in batches; a step of decoding is one operator, whose own time is mostly that.
+    # A step of decoding is one operator: of a small model its own time is all of the network, of a large one attention.
+    "decoding steps": ("minirlhf::decode_step",),
+    # Attention alone multiplies in batches.
     "attention": ("scaled_dot_product", "flash_attention", "minirlhf::attention", "minirlhf::decode", "bmm"),
-    "matrix products": ("addmm", "aten::mm", "mkldnn", "mkl_linear", "aten::linear", "matmul"),
+    "matrix products": ("addmm", "aten::mm", "mkldnn", "mkl_linear", "aten::linear", "matmul", "packed_linear"),
     "compiled": ("torch-compiled", "inductor", "compiledfxgraph", "graph_", "cpp_fused"),
     "copies": (
         "copy_", "_to_copy", "aten::to", "clone", "contiguous", "cat", "index", "gather", "scatter", "embedding",

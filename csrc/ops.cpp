@@ -33,6 +33,9 @@ TORCH_LIBRARY(minirlhf, m) {
   m.def("attention(Tensor qkv, int heads, Tensor? attend) -> Tensor");
   m.def("attention_backward(Tensor grad, Tensor qkv, int heads, Tensor? attend) -> Tensor");
 
+  // A weight laid out for products of some rows, and a linear layer that reads it. On the CPU only.
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, Tensor bias) -> Tensor");
   // Attention of a new token a row over what is kept of those before it, and keeping it too. On the CPU only.
   m.def("decode_attention_(Tensor(a!) store, Tensor qkv, Tensor positions) -> Tensor");
   // The whole network for a new token a row: logits. On the CPU only.

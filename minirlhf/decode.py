@@ -19,7 +19,7 @@ import math
 import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from minirlhf import InputError
-from minirlhf.model import GPT, gelu
+from minirlhf.model import GPT, attention, gelu
 from minirlhf.token_stats import _use_fused
 
 SLOTS = 64  # compiled: attention reads a multiple of so many slots, and rows are a power of two, so that shapes repeat
 PREFILL_TOKENS = 8192  # of prompts that are read at a time
 LEAVE = 0.25  # rows that are done leave once they are this share: moving the others costs as much as a step or two
+CACHED = 1 << 25  # bytes of a model whose weights each thread reads by itself
+Packing = Literal["none", "ours", "mkldnn"]
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # of the products; None = the weights' own
 
 
@@ -93,7 +95,7 @@ class Decoder:
         config, device = model.config, model.wte.weight.device
         self.forward = _compiled(device.type) if self.compile else _forward
         self.kernel, self.vocab_size = kernel, config.vocab_size
-        self.weights = self._keep_weights(_weights(model, self.dtype, pack=not self.compile))
+        self.weights = self._keep_weights(_weights(model, self.dtype, self._packing(model)))
         B, H, S = len(prompts), config.n_head, max(ends)
         capacity = B * copies
         if self.compile:
@@ -183,15 +185,27 @@ class Decoder:
         x = F.embedding(torch.tensor(padded, device=device), wte) + wpe[:T]  # (B, T, D)
         for layer, store in zip(layers, self.all.stores):
             qkv = _linear(F.layer_norm(x, (D,), *layer.ln_1), *layer.attn)
-            q, k, v = qkv.view(B, T, H, 3, D // H).permute(3, 0, 2, 1, 4)  # each (B, H, T, d)
-            for new, kept in zip((k, v), store.unflatten(1, (-1, H))):
+            parted = qkv.view(B, T, H, 3, D // H).transpose(2, 3)  # (B, T, 3, H, d)
+            for new, kept in zip(parted.permute(2, 0, 3, 1, 4)[1:], store.unflatten(1, (-1, H))):  # (B, H, T, d)
                 kept[part, :, :T] = new
             if layer is layers[-1]:
                 break
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + _linear(mixed.transpose(1, 2).reshape(B, T, D), *layer.proj)
+            x = x + _linear(attention(parted.reshape(B, T, 3 * D), H, None, self.kernel), *layer.proj)
             inner = _linear(F.layer_norm(x, (D,), *layer.ln_2), *layer.fc)
             x = x + _linear(gelu(inner, self.kernel), *layer.out)
+
+    def _packing(self, model: GPT) -> Packing:
+        """Who lays out the weights: ours (csrc/cpu/packed.h) for a model that a CPU's cache holds, else the library
+        that torch ships, which does so for bfloat16.
+        """
+        weight = model.wte.weight
+        if self.compile or weight.device.type != "cpu":
+            return "none"
+        itemsize = weight.dtype.itemsize if self.dtype is None else self.dtype.itemsize
+        if _fused(weight, self.kernel) and itemsize * sum(p.numel() for p in model.parameters()) <= CACHED:
+            return "ours"
+        packs = self.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+        return "mkldnn" if packs and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "none"
 
     def _keep(self, name: str, new: Tensor) -> Tensor:
         """Compiled steps, which on a GPU are captured with the addresses they use: the values go where they went."""
@@ -252,7 +266,9 @@ def _fused(store: Tensor, kernel: str) -> bool:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x = x.to(weight.dtype)
-    if weight.is_mkldnn:  # packed
+    if weight.dim() > 2:  # packed by ours
+        return torch.ops.minirlhf.packed_linear(x, weight, bias)
+    if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -265,24 +281,26 @@ def _compiled(device: str) -> Callable[..., Tensor]:
     return torch.compile(_forward, fullgraph=True, dynamic=False, mode=mode)
 
 
-def _weights(model: GPT, dtype: torch.dtype | None, pack: bool) -> Weights:
+def _weights(model: GPT, dtype: torch.dtype | None, packing: Packing) -> Weights:
     """References where nothing changes; copies of what is turned around, cast or packed.
 
-    A processor multiplies bfloat16 two by two and wants them laid out so. Unpacked, each product of a few rows spends
-    more time on laying out its weights than on multiplying; packed by the library that torch ships, they are once.
+    Each product of a few rows would spend more time on laying out its weights as the processor multiplies them,
+    bfloat16 in pairs, than on multiplying; packed, they are laid out once.
     """
-    pack = pack and dtype == torch.bfloat16 and model.wte.weight.device.type == "cpu"
-    pack = pack and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    packed, given = packing == "ours", model.wte.weight.dtype
 
     def cast(weight: Tensor) -> Tensor:
         weight = weight if dtype is None else weight.to(dtype)
-        return torch.ops.mkldnn._reorder_linear_weight(weight, 0) if pack else weight
+        if packed:
+            return torch.ops.minirlhf.pack_weight(weight)
+        return torch.ops.mkldnn._reorder_linear_weight(weight, 0) if packing == "mkldnn" else weight
 
     def pair(module: torch.nn.Module) -> tuple[Tensor, Tensor]:
         return module.weight.detach(), module.bias.detach()
 
     def product(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return cast(weight), bias if dtype is None else bias.to(dtype)
+        bias = bias if dtype is None else bias.to(dtype)
+        return cast(weight), bias.to(given) if packed else bias  # rounded, but kept as it is added
 
     def by_head(x: Tensor) -> Tensor:
         return x.unflatten(0, (3, model.config.n_head, -1)).transpose(0, 1).flatten(0, 2)

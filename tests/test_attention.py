@@ -1,16 +1,12 @@
 """The fused attention of whole sequences, and its gradient, against the definition in float64."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirlhf.fused import Attention
-from minirlhf.model import GPT, GPTConfig, attention, init_weights
+from minirlhf.model import attention
 
 ops = torch.ops.minirlhf
 
@@ -166,95 +162,3 @@ def test_a_gradient_of_another_shape_is_refused():
         ops.attention_backward(grad.transpose(0, 1), qkv, 2, None)
     with pytest.raises(ValueError, match="the gradient must have the output's shape and type"):
         ops.attention_backward(grad.bfloat16(), qkv, 2, None)
-
-
-# --- one new token a row, through the whole network -------------------------------------------------------------------
-
-
-def step_inputs(B, dtype=torch.float32, layers=2, n_head=2, d=8, slots=12, pack=False):
-    """Weights as decoding arranges them, random keys and values, tokens and positions."""
-    from minirlhf.decode import _weights
-
-    model = GPT(GPTConfig(vocab_size=100, n_positions=16, n_layer=layers, n_head=n_head, n_embd=n_head * d))
-    init_weights(model, 0)
-    g = torch.Generator().manual_seed(B)
-    for parameter in model.parameters():  # norms and biases, too, which begin all alike
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
-    weights = _weights(model, None if dtype == torch.float32 else dtype, pack)
-    stores = [torch.randn(2, B * n_head, slots, d, generator=g) for _ in range(layers)]
-    tokens, positions = torch.randint(100, (B,), generator=g), torch.randint(slots, (B,), generator=g)
-    return weights, stores, tokens, positions
-
-
-def plain_step(weights, stores, tokens, positions):
-    """The same, operation by operation."""
-    import torch.nn.functional as F
-
-    B, D = len(tokens), weights.wpe.shape[1]
-
-    def affine(x, weight, bias=None):
-        return F.linear(x.to(weight.dtype), weight, bias)
-
-    x = weights.wte[tokens] + weights.wpe[positions]
-    for layer, store in zip(weights.layers, stores):
-        qkv = affine(F.layer_norm(x, (D,), *layer.ln_1), *layer.attn)
-        mixed = ops.decode_attention_(store, qkv.view(store.shape[1], 3, -1), positions).view(B, D)
-        x = x + affine(mixed, *layer.proj)
-        inner = affine(F.layer_norm(x, (D,), *layer.ln_2), *layer.fc)
-        x = x + affine(ops.gelu(inner), *layer.out)
-    return affine(F.layer_norm(x, (D,), *weights.ln_f), weights.head)
-
-
-def fused_step(weights, stores, tokens, positions):
-    flat = [part for layer in weights.layers for pair in layer for part in pair]
-    around = [weights.wte, weights.wpe, *weights.ln_f, weights.head]
-    return ops.decode_step_(flat, around, stores, tokens, positions)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("B", [1, 2, 7, 40])
-def test_a_step_is_its_operations(B, dtype):
-    weights, stores, tokens, positions = step_inputs(B, dtype)
-    others = [store.clone() for store in stores]
-    want = plain_step(weights, others, tokens, positions)
-    got = fused_step(weights, stores, tokens, positions)
-    assert got.shape == (B, 128)
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
-    for store, other in zip(stores, others):
-        torch.testing.assert_close(store, other, rtol=0, atol=tolerance)
-
-
-def test_threads_share_the_rows():
-    """Several threads, each with rows of its own, find what one finds, whatever the weights' layout and the autocast
-    of the thread that calls; in a process of its own.
-    """
-    program = (
-        "import itertools, sys, torch; from test_attention import step_inputs, fused_step\n"
-        "packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()\n"
-        "for dtype, pack in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):\n"
-        "    found = []\n"
-        "    for threads, cast in itertools.product((1, 2, 3), (False, True)) if packs or not pack else ():\n"
-        "        torch.set_num_threads(threads)\n"
-        "        inputs = step_inputs(41, dtype, pack=pack)\n"
-        "        assert inputs[0].head.is_mkldnn == pack\n"
-        "        with torch.autocast('cpu', torch.bfloat16, enabled=cast): logits = fused_step(*inputs)\n"
-        "        found.append((logits.float(), *inputs[1]))\n"
-        "    tolerance = 1e-5 if dtype == torch.float32 else 2e-2\n"
-        "    for other in found[1:]:\n"
-        "        for one, two in zip(found[0], other): torch.testing.assert_close(one, two, rtol=0, atol=tolerance)\n"
-        "print('equal')"
-    )
-    here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=here)
-    assert done.stdout.strip() == "equal", done.stderr
-
-
-def test_a_step_that_does_not_fit_is_refused():
-    weights, stores, tokens, positions = step_inputs(3)
-    with pytest.raises(ValueError, match="a store for each"):
-        fused_step(weights, stores[:1], tokens, positions)
-    with pytest.raises(ValueError, match="a token and a position a row"):
-        fused_step(weights, stores, tokens[:2], positions)
-    with pytest.raises(ValueError, match="is outside the 12 slots"):
-        fused_step(weights, stores, tokens, torch.full((3,), 12))

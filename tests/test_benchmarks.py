@@ -396,6 +396,7 @@ def test_profile_steps_end_to_end(tmp_path):
         assert sum(kinds.values()) == pytest.approx(row["profiled"], rel=0.05)
         assert kinds["matrix products"] > 0
         assert (kinds["optimiser"] > 0) == (row["case"] != "sampling")
+        assert (kinds["decoding steps"] > 0) == (row["case"] in ("sampling", "ppo"))
         assert 0 < row["floor"] < row["plain"]
     assert "Python and other" in done.stdout
 
@@ -405,8 +406,8 @@ def test_operators_have_their_kind(bench):
     for operator, kind in (
         ("aten::addmm", "matrix products"), ("aten::bmm", "attention"), ("aten::_fused_adamw_", "optimiser"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"), ("aten::copy_", "copies"),
-        ("minirlhf::linear_token_stats", "fused op"), ("minirlhf::decode_step_", "attention"),
-        ("minirlhf::attention_backward", "attention"),
+        ("minirlhf::linear_token_stats", "fused op"), ("minirlhf::decode_step_", "decoding steps"),
+        ("minirlhf::attention_backward", "attention"), ("minirlhf::packed_linear", "matrix products"),
         ("minirlhf::gelu", "elementwise and norms"), ("aten::gelu_backward", "elementwise and norms"),
         ("autograd::engine::evaluate_function: AddmmBackward0", "matrix products"), ("ProfilerStep#1", None),
     ):  # fmt: skip

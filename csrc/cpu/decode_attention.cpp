@@ -33,7 +33,7 @@ inline void for_pieces(int64_t d, F f) {
   for (int64_t i = 0; i < d; i += lanes) f(i, std::min(lanes, d - i));
 }
 
-float dot(const float* a, const float* b, int64_t d) {
+inline float dot(const float* a, const float* b, int64_t d) {
   V sum(0);
   for_pieces(d, [&](int64_t i, int64_t n) { sum = at::vec::fmadd(V::loadu(a + i, n), V::loadu(b + i, n), sum); });
   return at::vec::vec_reduce_all<float>([](V& x, V& y) { return x + y; }, sum);
@@ -55,9 +55,16 @@ float weigh(float* room, int64_t n) {
   return at::vec::vec_reduce_all<float>([](V& x, V& y) { return x + y; }, sum);
 }
 
+// Asks for d numbers that will be read soon. What is kept of all rows is larger than the nearest caches, and the pieces
+// that a head reads are too short for the processor to foresee.
+inline void expect(const float* from, int64_t d) {
+  for (int64_t i = 0; i < d; i += 16) __builtin_prefetch(from + i);
+}
+
 template <typename T>
-void attend(float* keys, float* values, const T* qkv, T* out, int64_t p, int64_t d, std::vector<float>& room) {
-  float* query = room.data();
+void attend_head(float* keys, float* values, const float* next, const T* qkv, T* out, int64_t p, int64_t d,
+                 float* room) {
+  float* query = room;
   float* weights = query + d;
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
   for (int64_t i = 0; i < d; ++i) {
@@ -65,11 +72,17 @@ void attend(float* keys, float* values, const T* qkv, T* out, int64_t p, int64_t
     keys[p * d + i] = static_cast<float>(qkv[d + i]);
     values[p * d + i] = static_cast<float>(qkv[2 * d + i]);
   }
-  for (int64_t s = 0; s <= p; ++s) weights[s] = dot(query, keys + s * d, d);
+  for (int64_t s = 0; s <= p; ++s) {
+    expect(values + s * d, d);
+    weights[s] = dot(query, keys + s * d, d);
+  }
   const float inverse = 1.0f / weigh(weights, p + 1);
   for_pieces(d, [&](int64_t i, int64_t n) {
     V sum(0);
-    for (int64_t s = 0; s <= p; ++s) sum = at::vec::fmadd(V(weights[s]), V::loadu(values + s * d + i, n), sum);
+    for (int64_t s = 0; s <= p; ++s) {
+      if (i == 0) expect(next + s * d, d);
+      sum = at::vec::fmadd(V(weights[s]), V::loadu(values + s * d + i, n), sum);
+    }
     float piece[lanes];
     (sum * V(inverse)).store(piece);
     for (int64_t j = 0; j < n; ++j) out[i + j] = static_cast<T>(piece[j]);
@@ -77,6 +90,17 @@ void attend(float* keys, float* values, const T* qkv, T* out, int64_t p, int64_t
 }
 
 }  // namespace
+
+int64_t attention_room(int64_t slots, int64_t d) { return d + slots + lanes; }
+
+void attend(float* keys, float* values, const float* next, const float* qkv, float* out, int64_t p, int64_t d,
+            float* room) {
+  attend_head(keys, values, next, qkv, out, p, d, room);
+}
+void attend(float* keys, float* values, const float* next, const at::BFloat16* qkv, at::BFloat16* out, int64_t p,
+            int64_t d, float* room) {
+  attend_head(keys, values, next, qkv, out, p, d, room);
+}
 
 // store (2, C, S, d) float32, each half contiguous: keys and values of C heads, head n of row b at n = b H + h; qkv
 // (B·H, 3, d) float32 or bfloat16; positions (B,) int64. Returns (B·H, d) in qkv's type.
@@ -107,9 +131,11 @@ Tensor decode_attention_(const Tensor& store, const Tensor& qkv, const Tensor& p
     T* to = out.mutable_data_ptr<T>();
     const int64_t grain = std::max<int64_t>(1, numbers_per_task / std::max<int64_t>(1, each));
     at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> room(d + longest + lanes);
-      for (int64_t n = begin; n < end; ++n)
-        attend(keys + n * S * d, values + n * S * d, from + n * 3 * d, to + n * d, p[n / H], d, room);
+      std::vector<float> room(attention_room(longest, d));
+      for (int64_t n = begin; n < end; ++n) {
+        const float* next = keys + std::min(n + 1, end - 1) * S * d;
+        attend(keys + n * S * d, values + n * S * d, next, from + n * 3 * d, to + n * d, p[n / H], d, room.data());
+      }
     });
   };
   if (qkv.scalar_type() == at::kFloat) {

@@ -11,37 +11,16 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "exp.h"
+#include "gelu.h"
 #include "kernels.h"
 
 namespace minirlhf::cpu {
 namespace {
 
-constexpr double twice_root = 1.5957691216057308;  // 2 √(2/π)
-constexpr double cubic = 0.044715;
 constexpr int64_t elements_per_task = 1 << 14;  // less is not worth waking a thread for
 
-// σ(z) and 1 - σ(z).
-struct Logistic {
-  Vec<float> sigma, rest;
-  explicit Logistic(const Vec<float>& z) {
-    const Vec<float> one(1), unit(in_bits<float> ? 1.4426950408889634f : 1.0f);
-    const Vec<float> e = exp_level<float>(z.abs() * unit.neg());
-    const Vec<float> large = one / (one + e), small = e * large;
-    const Vec<float> negative = z < Vec<float>(0);
-    sigma = Vec<float>::blendv(large, small, negative);
-    rest = Vec<float>::blendv(small, large, negative);
-  }
-};
-
-Vec<float> argument(const Vec<float>& x) {
-  return x * at::vec::fmadd(x * x, Vec<float>(twice_root * cubic), Vec<float>(twice_root));
-}
-
-Vec<float> gelu_vector(const Vec<float>& x) { return x * Logistic(argument(x)).sigma; }
-
 Vec<float> gradient_vector(const Vec<float>& grad, const Vec<float>& x) {
-  const Logistic s(argument(x));
+  const Logistic s(gelu_argument(x));
   const Vec<float> slope = at::vec::fmadd(x * x, Vec<float>(3 * twice_root * cubic), Vec<float>(twice_root));
   return grad * at::vec::fmadd(x * s.rest * slope, s.sigma, s.sigma);
 }
