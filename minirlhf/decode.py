@@ -3,7 +3,8 @@
 `model.GPT` is the definition, and what training differentiates. This is the same function of the same weights, arranged
 for rows that grow by one token at a time. A step of a small model is a hundred small operations, so what counts is how
 few they are, and that none of them copies what is already in place. On a CPU the whole step is one operation, written
-in C++ (csrc/cpu/decode_step.cpp); `_forward` is it, too, operation by operation, for everywhere else. In both:
+in C++ (csrc/cpu/decode_step.cpp), and multiplies with weights that are laid out for it at the start (`packing_of`);
+`_forward` is it, too, operation by operation, for everywhere else. In both:
 
     - a token at position p of its row has its key and value in slot p, whatever the lengths of the prompts: nothing is
       padded on the left, and attention reads as many slots as the longest row has filled;
@@ -95,7 +96,8 @@ class Decoder:
         config, device = model.config, model.wte.weight.device
         self.forward = _compiled(device.type) if self.compile else _forward
         self.kernel, self.vocab_size = kernel, config.vocab_size
-        self.weights = self._keep_weights(_weights(model, self.dtype, self._packing(model)))
+        packing = "none" if self.compile else packing_of(model, self.dtype, kernel)
+        self.weights = self._keep_weights(_weights(model, self.dtype, packing))
         B, H, S = len(prompts), config.n_head, max(ends)
         capacity = B * copies
         if self.compile:
@@ -194,19 +196,6 @@ class Decoder:
             inner = _linear(F.layer_norm(x, (D,), *layer.ln_2), *layer.fc)
             x = x + _linear(gelu(inner, self.kernel), *layer.out)
 
-    def _packing(self, model: GPT) -> Packing:
-        """Who lays out the weights: ours (csrc/cpu/packed.h) for a model that a CPU's cache holds, else the library
-        that torch ships, which does so for bfloat16.
-        """
-        weight = model.wte.weight
-        if self.compile or weight.device.type != "cpu":
-            return "none"
-        itemsize = weight.dtype.itemsize if self.dtype is None else self.dtype.itemsize
-        if _fused(weight, self.kernel) and itemsize * sum(p.numel() for p in model.parameters()) <= CACHED:
-            return "ours"
-        packs = self.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-        return "mkldnn" if packs and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "none"
-
     def _keep(self, name: str, new: Tensor) -> Tensor:
         """Compiled steps, which on a GPU are captured with the addresses they use: the values go where they went."""
         if not self.compile:
@@ -279,6 +268,18 @@ def _compiled(device: str) -> Callable[..., Tensor]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     mode = "reduce-overhead" if device == "cuda" else None
     return torch.compile(_forward, fullgraph=True, dynamic=False, mode=mode)
+
+
+def packing_of(model: GPT, dtype: torch.dtype | None, kernel: str) -> Packing:
+    """Who lays out the weights for products of this type (None: their own): ours (csrc/cpu/packed.h) for a model that a
+    CPU's cache holds, else the library that torch ships, which does so for bfloat16.
+    """
+    weight = model.wte.weight
+    itemsize = weight.dtype.itemsize if dtype is None else dtype.itemsize
+    if _fused(weight, kernel) and itemsize * sum(p.numel() for p in model.parameters()) <= CACHED:
+        return "ours"
+    packs = weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    return "mkldnn" if packs and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "none"
 
 
 def _weights(model: GPT, dtype: torch.dtype | None, packing: Packing) -> Weights:

@@ -8,6 +8,7 @@ operation by operation (`activation_bytes`); what Python and torch need for them
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from minirlhf.decode import packing_of
 from minirlhf.model import GPT, GPTConfig, ScalarModel
 from minirlhf.runs import console
 from minirlhf.token_stats import _use_fused
@@ -97,10 +98,12 @@ def estimate(
     weights = 16 * sum(learning.values()) + 4 * sum(still.values())
     copies = 2 * sum(learning.values()) if dtype == "bf16" else 0  # of the weights, made by autocast
     peak = weights + copies + max(map(needed, shapes), default=0)
-    if sampled is not None:  # beside the turned c_attn, in bf16 a copy of all weights
+    if (
+        sampled is not None
+    ):  # keys and values; all weights rounded or packed, or else c_attn's turned, a quarter of them
         peak += 2 * 4 * config.n_layer * sampled.rows * sampled.width * config.n_embd
         own = sum(p.numel() for p in trunk.parameters())
-        peak += 2 * own if dtype == "bf16" else own
+        peak += own * (2 if dtype == "bf16" else 4 if packing_of(trunk, None, kernel) == "ours" else 1)
     return Estimate(sum(learning.values()), sum(still.values()), tokens, peak)
 
 
