@@ -43,7 +43,8 @@ CaseName = Literal["sampling", "ppo", "dpo", "rm", "sft"]
 KINDS: dict[str, tuple[str, ...]] = {
     "optimiser": ("adam", "_foreach", "clip_grad", "linalg_vector_norm"),
     "fused op": ("token_stats",),
-    # A step of decoding is one operator: of a small model its own time is all of the network, of a large one attention.
+    # A step of decoding is one operator: of a small model its own time is all of the network; of a large one, attention
+    # and GELU.
     "decoding steps": ("minirlhf::decode_step",),
     # Attention alone multiplies in batches.
     "attention": ("scaled_dot_product", "flash_attention", "minirlhf::attention", "minirlhf::decode", "bmm"),

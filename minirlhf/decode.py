@@ -90,7 +90,7 @@ class Decoder:
             model: whose weights; they are read anew at each start.
             prompts: B lists of at least one token, best with like lengths side by side.
             ends: how long each row may become, prompt included.
-            kernel: whose GELU.
+            kernel: whose GELU and attention, and whether a step is one operation, on packed weights if they are small.
             copies: rows that `move` may make of each.
         """
         config, device = model.config, model.wte.weight.device

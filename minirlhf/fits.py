@@ -98,9 +98,8 @@ def estimate(
     weights = 16 * sum(learning.values()) + 4 * sum(still.values())
     copies = 2 * sum(learning.values()) if dtype == "bf16" else 0  # of the weights, made by autocast
     peak = weights + copies + max(map(needed, shapes), default=0)
-    if (
-        sampled is not None
-    ):  # keys and values; all weights rounded or packed, or else c_attn's turned, a quarter of them
+    if sampled is not None:
+        # Keys and values; and all weights, rounded or packed, or else c_attn's, a quarter of them, turned around.
         peak += 2 * 4 * config.n_layer * sampled.rows * sampled.width * config.n_embd
         own = sum(p.numel() for p in trunk.parameters())
         peak += own * (2 if dtype == "bf16" else 4 if packing_of(trunk, None, kernel) == "ours" else 1)

@@ -64,8 +64,8 @@ def generate(
     distribution sampled from only when nothing is cut away from it and nothing penalised, which is why PPO takes no
     option but the temperature.
 
-    What a row is answered depends on its prompt, limit and seed; not, but for rounding, on the rows beside it, and on a
-    CPU, for a model whose weights are packed (`decode.packing_of`), not by a bit.
+    What a row is answered depends on its prompt, limit and seed; not, but for rounding, on the rows beside it. Where
+    our own kernels have packed the weights (`decode.packing_of`), not even rounding depends on them.
 
     Args:
         model: the policy.
@@ -309,8 +309,8 @@ class Args:
     """Add "logprobs", those of the tokens drawn, the end of the response or what it stopped at among them; with
     --beams "score", what the search maximises."""
     batch_size: int = 64
-    """Prompts at a time; changes no response, but for rounding with a large model or a GPU: in bf16 it tips a few in a
-    hundred."""
+    """Prompts at a time; changes no response. But for rounding, where weights are not packed (a large model, a GPU,
+    --compile, --kernel reference): in bf16 it tips a few in a hundred."""
     seed: int = 0
     """The same seed gives the same responses."""
     device: str = "auto"

@@ -243,8 +243,8 @@ def _build(name: str, library: Path, sources: tuple[Path, ...], cflags, cuda_cfl
     for stale in library.parent.glob("build-*"):  # whoever made it was killed: this process holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     _say(
-        f"building the fused kernel for {'CUDA (a minute or two' if cuda_cflags else 'the CPU (about 15 s'}, once for "
-        f"this version of torch) …"
+        f"building the fused kernel for {'CUDA (a minute or two' if cuda_cflags else 'the CPU (about half a minute'}, "
+        f"once for this version of torch) …"
     )
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent, ignore_cleanup_errors=True) as folder:
         path = os.pathsep.join((str(ninja.parent), os.environ.get("PATH", os.defpath)))

@@ -206,6 +206,26 @@ def test_vs_peers_samples_beside_transformers(tmp_path):
     shown(results, done.stdout)
 
 
+def test_memory_is_compared_like_for_like(bench):
+    b = bench("vs_peers")
+
+    def row(name, mebibytes, **settings):
+        return b.Row("gpt2 dpo", name, 1.0, peak_bytes=mebibytes * b.MiB, settings=settings)
+
+    rows = [row("ours, fp32", 50), row("ours, lean", 30, checkpointing=True), row("TRL", 100)]
+    rows += [row("TRL, bf16", 60, dtype="bf16"), row("TRL, gradient checkpointing", 45, checkpointing=True)]
+
+    def found(rows):
+        bounds = [bound for bound in b.compare(rows) if "memory" in bound.asked]
+        return {(bound.what, bound.asked.split("of ")[1]): (bound.measured, bound.met) for bound in bounds}
+
+    assert found(rows) == {
+        ("gpt2 dpo, fp32", "TRL"): ("50%", True),
+        ("gpt2 dpo, lean", "TRL, gradient checkpointing"): ("67%", False),
+    }
+    assert found([rows[0], *rows[2:]])["gpt2 dpo, fp32", "TRL, gradient checkpointing"] == ("111%", False)
+
+
 def test_vs_peers_leaves_out_by_name_who_is_not_there(tmp_path, bare_python):
     path = tmp_path / "results.json"
     peers = "--peer-python", bare_python, "--ppo-peer-python", bare_python

@@ -130,6 +130,9 @@ def test_a_step_that_does_not_fit_is_refused():
         fused_step(weights, [store[:, :4] for store in stores], tokens, positions)
     with pytest.raises(ValueError, match="packed weights want all of a network's shapes"):
         fused_step(weights._replace(wpe=weights.wpe.double()), stores, tokens, positions)
+    for wrong in ([store[:1] for store in stores], [store.transpose(2, 3) for store in stores]):
+        with pytest.raises(ValueError, match="packed weights want all of a network's shapes"):
+            fused_step(weights, wrong, tokens, positions)
     other = step_inputs(3, torch.bfloat16, packing="ours")[0]
     with pytest.raises(ValueError, match="packed weights want all of a network's shapes"):
         fused_step(weights._replace(head=other.head), stores, tokens, positions)
@@ -169,12 +172,46 @@ def test_a_packed_linear_layer_takes_any_shape_and_keeps_what_is_not_a_number():
     [
         (torch.ones(2, 4), torch.ones(3, 4).double(), torch.ones(3), TypeError, "float32 or bfloat16, got Double"),
         (torch.ones(2, 4), torch.ones(3), torch.ones(3), ValueError, "a weight must be"),
-        (torch.ones(2, 5), torch.ones(3, 4), torch.ones(3), ValueError, "x must have 4 columns, got 5"),
+        (torch.ones(2, 5), torch.ones(3, 4), torch.ones(3), ValueError, r"made of one of shape \(3, 5\)"),
         (torch.ones(2, 4).bfloat16(), torch.ones(3, 4), torch.ones(3), TypeError, "the weight's type, got BFloat16"),
-        (torch.ones(2, 4), torch.ones(3, 4), torch.ones(99), ValueError, "a bias of 99 does not fit"),
+        (torch.ones(2, 4), torch.ones(3, 4), torch.ones(99), ValueError, r"made of one of shape \(99, 4\)"),
         (torch.ones(2, 4), torch.ones(3, 4), torch.ones(3).double(), TypeError, "the bias must be float32"),
     ],
 )
 def test_a_packed_layer_that_does_not_fit_is_refused(x, weight, bias, error, message):
     with pytest.raises(error, match=message):
         ops.packed_linear(x, ops.pack_weight(weight), bias)
+
+
+def test_what_nobody_packed_is_refused():
+    width = ops.pack_weight(torch.ones(1, 4)).shape[2]
+    for shape in ((1, 4, width - 1), (1, 4, 1), (1, 2, width, 2), (1, 2, width, 1), (4, width), (1, 4, width, 1, 1)):
+        for dtype in (torch.float32, torch.bfloat16):
+            if shape == tuple(ops.pack_weight(torch.ones(1, 4, dtype=dtype)).shape):
+                continue
+            with pytest.raises(ValueError, match="the weight must be what pack_weight made"):
+                ops.packed_linear(torch.ones(2, 4, dtype=dtype), torch.ones(shape, dtype=dtype), torch.ones(1))
+    with pytest.raises(ValueError, match="the weight must be what pack_weight made"):
+        ops.packed_linear(torch.ones(2, 4), ops.pack_weight(torch.ones(1, 4)).transpose(1, 2), torch.ones(1))
+    with pytest.raises(ValueError, match="the weight must be what pack_weight made"):
+        ops.packed_linear(torch.tensor(1.0), ops.pack_weight(torch.ones(1, 1)), torch.ones(1))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_layers_large_enough_for_several_tasks(pairs):
+    """bfloat16 in pairs, where the processor multiplies these, and k after k, as all others read it."""
+    torch.set_num_threads(2)
+    try:
+        g = torch.Generator().manual_seed(0)
+        x, weight, bias = (torch.randn(shape, generator=g) for shape in ((300, 65), (130, 65), (130,)))
+        want = x.bfloat16().double() @ weight.bfloat16().double().T + bias.double()
+        packed = ops.pack_weight(weight.bfloat16())
+        if not pairs:
+            width = packed.shape[2]
+            panels = F.pad(weight.bfloat16(), (0, 0, 0, len(packed) * width - 130)).view(-1, width, 65)
+            packed = panels.transpose(1, 2).contiguous()
+        got = ops.packed_linear(x.bfloat16(), packed, bias)
+        torch.testing.assert_close(got.double(), want, rtol=2.0**-8, atol=1e-5)
+        torch.testing.assert_close(ops.packed_linear(x, ops.pack_weight(weight), bias), F.linear(x, weight, bias))
+    finally:
+        torch.set_num_threads(1)

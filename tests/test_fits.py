@@ -166,7 +166,8 @@ def test_compiled_blocks_give_the_same(tmp_path):
 
 def test_what_the_sampler_keeps_is_counted():
     policy, shape, drawn = fresh(CONFIGS[2][0]), fits.Shape(2, 10, 10), fits.Shape(64, 30, 0)
-    plain = fits.estimate([policy], [], [shape], 20)
-    both = fits.estimate([policy], [], [shape], 20, sampled=drawn)
     kept = 2 * 4 * 2 * 64 * 30 * 64  # keys and values of two layers
-    assert kept <= both.peak - plain.peak <= kept + 4 * plain.trained
+    for dtype, kernel, own in (("fp32", "auto", 4), ("bf16", "auto", 2), ("fp32", "reference", 1)):  # bytes a weight
+        plain = fits.estimate([policy], [], [shape], 20, dtype, kernel)
+        both = fits.estimate([policy], [], [shape], 20, dtype, kernel, sampled=drawn)
+        assert both.peak - plain.peak == kept + own * plain.trained

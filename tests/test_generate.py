@@ -1,5 +1,6 @@
 """generate, decode, sampling, beam: a plain loop, transformers, exact distributions, limits, the command line."""
 
+import copy
 import gc
 import itertools
 import json
@@ -30,6 +31,13 @@ V, EOT, CONTEXT = 24, 23, 32
 CONFIG = GPTConfig(vocab_size=V, n_positions=CONTEXT, n_layer=2, n_head=2, n_embd=16)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13], [EOT, 3]]
 few = settings(deadline=None, max_examples=15)
+
+
+@pytest.fixture(params=["as a small model", "as a large one"])
+def packing(request, monkeypatch):
+    """Steps on weights that our own kernels pack, and on those of a model too large for it."""
+    if request.param == "as a large one":
+        monkeypatch.setattr(decode, "CACHED", 0)
 
 
 def random_model(config, seed=0):
@@ -142,7 +150,7 @@ def test_equals_a_plain_loop_without_a_cache(model, double_model, seed, limits, 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @torch.no_grad()
-def test_logprobs_are_those_of_a_second_reading(model, temperature):
+def test_logprobs_are_those_of_a_second_reading(packing, model, temperature):
     got = generate(model, PROMPTS * 8, EOT, 20, 1, Sampling(temperature=temperature))
     for prompt, response, logprobs, keep in zip(PROMPTS * 8, got.responses, got.logprobs, got.mask):
         response = response[keep]
@@ -153,7 +161,7 @@ def test_logprobs_are_those_of_a_second_reading(model, temperature):
 
 
 @pytest.mark.parametrize(("penalty", "minimum"), [(1.0, 0), (1.0, 6), (1.3, 0), (4.0, 3), (0.7, 0)])
-def test_greedy_equals_transformers(ender, theirs, penalty, minimum):
+def test_greedy_equals_transformers(packing, ender, theirs, penalty, minimum):
     sampling = Sampling(temperature=0.0, repetition_penalty=penalty, min_new_tokens=minimum)
     got = unpadded(generate(ender, PROMPTS, EOT, 20, 0, sampling))
     for prompt, row in zip(PROMPTS, got):
@@ -167,7 +175,7 @@ def test_greedy_equals_transformers(ender, theirs, penalty, minimum):
 @pytest.mark.parametrize("beams", [2, 3, 5])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.5, -1.0])
 @pytest.mark.parametrize("early", [False, True, "never"])
-def test_beam_search_equals_transformers(ender, theirs, beams, length_penalty, early):
+def test_beam_search_equals_transformers(packing, ender, theirs, beams, length_penalty, early):
     ended = set()
     for penalty, minimum, returned in ((1.0, 0, 1), (1.5, 3, beams)):
         found = beam_search(
@@ -224,7 +232,19 @@ def test_more_beams_than_there_are_cannot_be_returned(model):
 # --- the decoder ------------------------------------------------------------------------------------------------------
 
 
-def test_rounded_products_give_about_the_same_log_probs(model):
+def test_who_packs_the_weights(model, double_model, monkeypatch):
+    of = decode.packing_of
+    theirs = "mkldnn" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "none"
+    assert (of(model, None, "auto"), of(model, torch.bfloat16, "auto")) == ("ours", "ours")
+    assert (of(model, None, "reference"), of(model, torch.bfloat16, "reference")) == ("none", theirs)
+    assert (of(double_model, None, "auto"), of(copy.deepcopy(model).bfloat16(), None, "auto")) == ("none", "none")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    for limit, fp32, bf16 in ((4, "ours", "ours"), (3, "none", "ours"), (2, "none", "ours"), (1, "none", theirs)):
+        monkeypatch.setattr(decode, "CACHED", limit * parameters)
+        assert (of(model, None, "auto"), of(model, torch.bfloat16, "auto")) == (fp32, bf16)
+
+
+def test_rounded_products_give_about_the_same_log_probs(packing, model):
     got = generate(model, PROMPTS * 4, EOT, 16, 3, dtype="bf16")
     for prompt, response, logprobs, keep in zip(PROMPTS * 4, got.responses, got.logprobs, got.mask):
         whole = torch.tensor([[*prompt, *response[keep].tolist()]])
@@ -442,6 +462,7 @@ def test_a_small_model_s_rows_are_the_same_to_the_bit_in_any_batch(dtype):
     init_weights(model, 0)
     rng = random.Random(0)
     prompts = [[rng.randrange(299) for _ in range(rng.randrange(1, 30))] for _ in range(23)]
+    assert decode.packing_of(model, decode.DTYPES[dtype], "auto") == "ours"
     seeds = list(range(23))
     whole = generate(model, prompts, 299, 20, seeds, dtype=dtype)
     for start, end in ((0, 1), (3, 9), (9, 22)):

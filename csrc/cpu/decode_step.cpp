@@ -5,11 +5,11 @@
 //   x += out(gelu(fc(norm(x))))
 //   logits = head(norm(x))
 //
-// Rows have nothing to do with each other. A small model's weights stay in the cache and are packed (packed.h): each
-// thread takes its share of the rows through all blocks by itself, one wait for the slower thread in place of fifty, and
-// writes nothing between two products that the next one does not read (`forward_rows`). A large model's do not: there
-// all threads work on one product after the other, which reads its weights once, and torch's operators are as good as
-// any (`forward`).
+// Rows have nothing to do with each other. A small model's weights stay in the cache, and `minirlhf.decode` packs them
+// (packed.h): each thread takes its share of the rows through all blocks by itself, one wait for the slower thread in
+// place of fifty, and writes nothing between two products that the next one does not read (`forward_rows`). With weights
+// that are not packed, a large model's, all threads work on one product after the other, which reads its weights once,
+// and torch's operators are as good as any (`forward`).
 // Source: Radford et al. 2019, section 2.3 (the network of `minirlhf.model`).
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -33,7 +33,7 @@
 namespace minirlhf::cpu {
 namespace {
 
-constexpr int64_t rows_per_thread = 8;  // fewer are not worth their own pass over the weights
+constexpr int64_t rows_per_thread = 4;  // fewer are not worth their own pass over the weights
 constexpr double epsilon = 1e-5;        // of the norms, torch's default
 
 // A block's tensors, in the order of `minirlhf.decode.Layer`: weight and bias of each.
@@ -77,7 +77,7 @@ Tensor forward(at::TensorList layers, at::TensorList around, at::TensorList stor
 
 // --- a small one -----------------------------------------------------------------------------------------------------
 
-// Numbers of some rows, each row as wide as whole panels. What is behind a row's end is 0.
+// Numbers of some rows, each row as wide as whole panels. Behind a row's end stands 0, if the row has no infinity.
 template <typename T>
 class Rows {
  public:
@@ -124,7 +124,8 @@ void norm_row(const float* x, const Tensor& weight, const Tensor& bias, int64_t 
   });
 }
 
-// The same as `forward`, for b of the rows, and for packed weights of type T: what a product gives is rounded to T.
+// The same as `forward` for b of the rows, with packed weights of type T: what a product gives is rounded to T. The
+// first of them is row `first` of stores and logits, which are those of all rows; tokens and positions begin with it.
 template <typename T>
 void forward_rows(at::TensorList layers, at::TensorList around, at::TensorList stores, const int64_t* tokens,
                   const int64_t* positions, int64_t first, int64_t b, float* logits) {
@@ -133,7 +134,7 @@ void forward_rows(at::TensorList layers, at::TensorList around, at::TensorList s
   const float *token = around[wte].const_data_ptr<float>(), *position = around[wpe].const_data_ptr<float>();
   Rows<float> x(b, D);
   Rows<T> normed(b, D), qkv(b, 3 * D), mixed(b, D), inner(b, 4 * D);
-  std::unique_ptr<float[]> room(new float[attention_room(longest, d)]);
+  std::unique_ptr<float[]> room(new float[attention_room(longest, d)]());
 
   for (int64_t r = 0; r < b; ++r)
     for (int64_t i = 0; i < D; ++i) x.row(r)[i] = token[tokens[r] * D + i] + position[positions[r] * D + i];
@@ -187,13 +188,12 @@ void check_packed(at::TensorList layers, at::TensorList around, at::TensorList s
     return x.scalar_type() == at::kFloat && x.is_contiguous() && (n < 0 || x.numel() == n);
   };
   const auto packed = [&](const Tensor& x, int64_t n, int64_t k) {
-    const int64_t deep = x.dim() == 4 ? (k + 1) / 2 : k;
-    return x.dim() >= 3 && x.is_contiguous() && x.scalar_type() == around[head].scalar_type() &&
-           x.size(0) == panels_of(n) && x.size(1) == deep && x.size(2) == panel_width;
+    return x.scalar_type() == around[head].scalar_type() && x.dim() == around[head].dim() && is_packed(x, n, k);
   };
   const auto kept = [&](const Tensor& x) {
-    return x.scalar_type() == at::kFloat && x.dim() == 4 && x.sizes() == stores[0].sizes() && x.stride(3) == 1 &&
-           x.stride(2) == x.size(3) && x.stride(1) == x.size(2) * x.size(3);
+    return x.scalar_type() == at::kFloat && x.sizes() == stores[0].sizes() && x.dim() == 4 && x.size(0) == 2 &&
+           x.size(3) > 0 && D % x.size(3) == 0 && x.stride(3) == 1 && x.stride(2) == x.size(3) &&
+           x.stride(1) == x.size(2) * x.size(3);
   };
   bool fits = plain(around[wte], -1) && around[wte].size(1) == D && plain(around[wpe], -1) &&
               plain(around[ln_f_weight], D) && plain(around[ln_f_bias], D) &&

@@ -8,9 +8,9 @@ namespace minirlhf::cpu {
 using at::Tensor;
 
 Tensor gelu(const Tensor& x);
+int64_t attention_room(int64_t slots, int64_t d);  // numbers that `attend` needs room for
 // A head's attention of a new token in slot p, whose query, key and value stand in qkv, over the slots up to its own.
-// keys, values: (slots, d) each; next: the keys that will be wanted after these; room: `attention_room` numbers.
-int64_t attention_room(int64_t slots, int64_t d);
+// keys, values: (slots, d) each; next: the keys that will be wanted after these.
 void attend(float* keys, float* values, const float* next, const float* qkv, float* out, int64_t p, int64_t d,
             float* room);
 void attend(float* keys, float* values, const float* next, const at::BFloat16* qkv, at::BFloat16* out, int64_t p,

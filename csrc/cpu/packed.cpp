@@ -46,19 +46,16 @@ namespace {
 
 // x (..., k) in the weight's type, bias (n,) float32 -> (..., n) in the weight's type.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias) {
-  TORCH_CHECK_VALUE(packed.dim() >= 3 && packed.is_contiguous(), "the weight must be one that pack_weight returned");
   TORCH_CHECK_TYPE(x.scalar_type() == packed.scalar_type(), "x must be ", packed.scalar_type(), ", the weight's type, got ",
                    x.scalar_type());
   TORCH_CHECK_TYPE(bias.scalar_type() == at::kFloat, "the bias must be float32, got ", bias.scalar_type());
-  const int64_t n = bias.numel(), deep = packed.size(1) * (packed.dim() == 4 ? 2 : 1);
-  TORCH_CHECK_VALUE(panels_of(n) == packed.size(0), "a bias of ", n, " does not fit ", packed.size(0), " panels of ",
-                    panel_width);
-  const int64_t k = x.dim() == 0 ? 0 : x.size(-1);
-  TORCH_CHECK_VALUE(k == deep || (packed.dim() == 4 && k + 1 == deep), "x must have ", deep, " columns, got ", k);
+  const int64_t n = bias.numel(), k = x.dim() == 0 ? 0 : x.size(-1);
+  TORCH_CHECK_VALUE(k > 0 && is_packed(packed, n, k), "the weight must be what pack_weight made of one of shape (", n,
+                    ", ", k, "), as bias and x want it, got ", packed.sizes());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = n;
-  Tensor rows = x.reshape({x.numel() / std::max<int64_t>(1, k), k}), out = at::empty({rows.size(0), n}, x.options());
-  if (k < deep) rows = at::constant_pad_nd(rows, {0, 1});
+  Tensor rows = x.reshape({x.numel() / k, k}), out = at::empty({rows.size(0), n}, x.options());
+  if (packed.dim() == 4 && k % 2 == 1) rows = at::constant_pad_nd(rows, {0, 1});
   rows = rows.contiguous();
   const Tensor add = bias.contiguous();
   if (x.scalar_type() == at::kFloat) {

@@ -79,7 +79,7 @@ inline Two rounded(const Two& x) {
 template <int R, typename T>
 inline void tile(const T* x, int64_t stride, const T* panel, int64_t depth, float* sums) {
   Floats sum[R][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 8  // else the sums, an array, are kept in memory and not in registers
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Floats(0);
   for (int64_t i = 0; i < depth; ++i) {
     const auto [first, second] = load(panel + i * panel_width);
@@ -156,8 +156,18 @@ inline void rows_by_panel(const T* x, int64_t row, int64_t rows, int64_t stride,
   if constexpr (R > 1) rows_by_panel<R / 2>(x, row, rows, stride, panel, depth, pairs, column, finish);
 }
 
+// Whether this is a weight (n, k) that `pack_weight` laid out here; how far n and k are from whole panels and pairs is
+// not kept.
+inline bool is_packed(const Tensor& weight, int64_t n, int64_t k) {
+  const bool bf16 = weight.scalar_type() == at::kBFloat16, pairs = weight.dim() == 4;
+  return weight.is_contiguous() && (bf16 || weight.scalar_type() == at::kFloat) &&
+         (weight.dim() == 3 || (pairs && bf16 && weight.size(3) == 2 && multiplies_pairs())) &&
+         weight.size(0) == panels_of(n) && weight.size(1) == (pairs ? (k + 1) / 2 : k) && weight.size(2) == panel_width;
+}
+
 // finish(row, column, sums) is called with the sums of a row in the columns from `column` on, a panel at a time; the
-// last panel's go beyond n, where they are 0. x: rows of k numbers, `stride` apart, even and 0 behind an odd k.
+// last panel's go beyond n, where the weight is 0. x: rows of k numbers, `stride` apart; if k is odd and the weight lies
+// in pairs, a 0 must stand behind each row.
 template <typename T, typename F>
 void product(const T* x, int64_t rows, int64_t stride, const Tensor& packed, const F& finish) {
   const T* panels = packed.const_data_ptr<T>();
