@@ -71,6 +71,7 @@ def test_a_step_is_its_operations(B, packing, dtype, d):
     assert got.shape == (B, 128)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance, check_dtype=packing == "none")
+    assert torch.equal(got, got.to(dtype).to(got.dtype)), "what a product gives is rounded, as in training"
     for store, other in zip(stores, others):
         torch.testing.assert_close(store, other, rtol=0, atol=tolerance)
 
