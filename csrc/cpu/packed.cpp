@@ -6,7 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
+#include <vector>
 
 namespace minirlhf::cpu {
 namespace {
@@ -36,18 +36,18 @@ Tensor pack_weight(const Tensor& weight) {
   TORCH_CHECK_TYPE(bf16 || weight.scalar_type() == at::kFloat, "a weight must be float32 or bfloat16, got ",
                    weight.scalar_type());
   const int64_t n = weight.size(0), k = weight.size(1), panels = panels_of(n);
-  const int64_t odd = bf16 && multiplies_pairs() ? k % 2 : 0;
-  const Tensor whole = at::constant_pad_nd(weight, {0, odd, 0, padded(n) - n}).contiguous();
-  if (!bf16 || !multiplies_pairs()) return whole.view({panels, panel_width, k}).transpose(1, 2).contiguous();
-  return whole.view({panels, panel_width, (k + odd) / 2, 2}).transpose(1, 2).contiguous();
+  const bool pairs = bf16 && multiplies_pairs();
+  const Tensor whole = at::constant_pad_nd(weight, {0, pairs ? k % 2 : 0, 0, padded(n) - n}).contiguous();
+  if (!pairs) return whole.view({panels, panel_width, k}).transpose(1, 2).contiguous();
+  return whole.view({panels, panel_width, (k + 1) / 2, 2}).transpose(1, 2).contiguous();
 }
 
 namespace {
 
 // x (..., k) in the weight's type, bias (n,) float32 -> (..., n) in the weight's type.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias) {
-  TORCH_CHECK_TYPE(x.scalar_type() == packed.scalar_type(), "x must be ", packed.scalar_type(), ", the weight's type, got ",
-                   x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == packed.scalar_type(), "x must be ", packed.scalar_type(),
+                   ", the weight's type, got ", x.scalar_type());
   TORCH_CHECK_TYPE(bias.scalar_type() == at::kFloat, "the bias must be float32, got ", bias.scalar_type());
   const int64_t n = bias.numel(), k = x.dim() == 0 ? 0 : x.size(-1);
   TORCH_CHECK_VALUE(k > 0 && is_packed(packed, n, k), "the weight must be what pack_weight made of one of shape (", n,
