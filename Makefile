@@ -54,8 +54,9 @@ demo-dpo: install
 	@mkdir -p $(RUNS)
 	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_dpo.py --init $(RUNS)/sft $(DPO_ARGS) --out $(RUNS)/dpo --dtype $(DTYPE) --seed $(SEED) --overwrite > $(RUNS)/dpo.log 2>&1 || { cat $(RUNS)/dpo.log; exit 1; }
 
+# A file's tests stay together, since they share what they set up.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

@@ -33,9 +33,9 @@ from rich.table import Table
 from torch import Tensor
 
 from minirlhf import InputError, dpo, exact, ppo, runs
-from minirlhf.evaluate import DARK, LIGHT, STYLE
 from minirlhf.exact import World
 from minirlhf.model import GPT, clone
+from minirlhf.plot import DARK, LIGHT, STYLE
 from minirlhf.runs import Run, RunArgs, check_at_least, check_positive, cli, console, write_text
 
 LETTERS, LENGTH, PROMPTS = 4, 2, 3  # 21 responses to each of three prompts

@@ -4,6 +4,7 @@
     metrics.jsonl    one JSON object a step
     samples.jsonl    a few responses every so often
     explain.jsonl, explain.html    responses taken apart, token by token, where PPO is asked for them
+    tensorboard/, wandb/           the same metrics and samples, where --log asks for it
     state/           what resuming needs: weights, optimiser moments, step; gone once the run is finished
     config.json, model.safetensors, tokenizer.json     the result, in Hugging Face's layout
 
@@ -47,9 +48,10 @@ from minirlhf.checkpoints import find_model, load_model, save_model, write_tenso
 from minirlhf.model import GPT, ScalarModel
 from minirlhf.token_stats import Kernel
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.trackers import Trackers
 
 console = Console(highlight=False)
-RESUME_ONLY = ("out", "resume", "overwrite", "checkpoint_every", "explain")  # may differ when a run is resumed
+RESUME_ONLY = ("out", "resume", "overwrite", "checkpoint_every", "explain", "log")  # may differ when a run is resumed
 ROWS = ("metrics.jsonl", "samples.jsonl", "explain.jsonl")  # appended to step by step
 
 
@@ -78,6 +80,9 @@ class RunArgs:
     """Go on from the last checkpoint of --out."""
     overwrite: bool = False
     """Replace the run that --out holds."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Show metrics and samples, step by step, in TensorBoard (its files are in the run's folder), Weights & Biases or
+    both, too."""
 
     def __post_init__(self):
         check_at_least(1, checkpoint_every=self.checkpoint_every)
@@ -101,6 +106,8 @@ class Run:
         self.last_checkpoint = 0
         self.progress: Progress | None = None
         self._look_at_folder(args)
+        config = {key: value for key, value in self.arguments.items() if key not in RESUME_ONLY}
+        self.trackers = Trackers(args.log, self.folder, {"script": script, **config})
 
     def _look_at_folder(self, args: RunArgs) -> None:
         if not self.folder.exists():
@@ -171,6 +178,7 @@ class Run:
         row = {"step": step, **{k: _number(v) for k, v in metrics.items()}}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self.trackers.follow()
         if self.progress is not None:
             note = "  ".join(f"{k} {row[k]:.3f}" for k in show if row.get(k) is not None)
             self.progress.update(self.task, note=note)
@@ -178,6 +186,7 @@ class Run:
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Append responses to samples.jsonl and show them."""
         self.append("samples.jsonl", [{"step": step, **row} for row in rows])
+        self.trackers.follow()
         show_samples(f"step {step}", rows)
 
     def append(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -268,6 +277,7 @@ class Run:
         save_model(model, self.folder, tokenizer.eot)
         self._write_info(finished=True)
         shutil.rmtree(self.folder / "state", ignore_errors=True)
+        self.trackers.close()
 
     def _begin(self) -> None:
         if self.written:
