@@ -18,8 +18,20 @@ from minirlhf.data import Text, read_records
 from minirlhf.generate import encode_prompt
 from minirlhf.model import GPT, ScalarModel, clone
 from minirlhf.ppo import PPOConfig, parse_range, train
-from minirlhf.rewards import GoldJudge, Reward, RewardModelScorer, load_reward
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, prepare, seeded
+from minirlhf.rewards import GoldJudge, Reward, load_reward, reward_models
+from minirlhf.runs import (
+    Run,
+    RunArgs,
+    check_at_least,
+    cli,
+    console,
+    ensure_run,
+    load_run,
+    pick_device,
+    prepare,
+    require_same_tokenizer,
+    seeded,
+)
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -36,8 +48,12 @@ class Args(RunArgs):
     init: str = "runs/sft"
     """The policy to start from, which is also the reference: a run, or GPT-2 (a folder, gpt2, ORG/NAME)."""
     reward: str = "runs/rm"
-    """runs/rm (a reward model's folder), gold, pkg.module:function, or hf:DIR (a text classifier)."""
+    """runs/rm (a reward model's folder), gold, pkg.module:function, hf:DIR (a text classifier), or several as one:
+    mean:A,B,… or worst:A,B,…"""
     config: PPOConfig = PPOConfig()
+    critic_init: str = "auto"
+    """What a separate critic starts as: auto (the reward model, if that is the reward, else policy), policy (its trunk,
+    under a head of zeros), or the folder of a reward model."""
     n: int = 4000
     """Prompts drawn from the embedded world."""
     prompt_tokens: str | None = None
@@ -59,6 +75,10 @@ class Args(RunArgs):
             )
         if self.prompt_tokens is not None:
             parse_range("--prompt-tokens", self.prompt_tokens)
+        if self.critic_init != "auto" and self.config.critic == "shared":
+            raise InputError(
+                f"--critic-init {self.critic_init} is for a separate critic; leave it out with --critic shared"
+            )
 
 
 def main(args: Args) -> None:
@@ -82,9 +102,9 @@ def main(args: Args) -> None:
 
     console.print(f"{len(prompts):,} prompts of {args.prompts}, reward {reward.name}")
     frozen: list[GPT | ScalarModel] = [ref]
-    if isinstance(reward, RewardModelScorer):
-        reward.dtype = args.dtype
-        frozen.append(reward.model)
+    for scorer in reward_models(reward):
+        scorer.dtype = args.dtype
+        frozen.append(scorer.model)
     prepare(args, policy, critic, *frozen)
     say_fit(args, policy, critic, frozen, prompts)
     train(
@@ -134,14 +154,15 @@ def tokenise(args: Args, texts: list[tuple[str, str]], tokenizer: Tokenizer, pol
 
 def require_room(args: Args, prompts: list[list[int]], reward: Reward) -> None:
     """A reward model has to read the longest prompt with the longest response: better to know before the first step."""
-    if not isinstance(reward, RewardModelScorer):
-        return
-    context, prompt, response = reward.model.config.n_positions, max(map(len, prompts)), args.config.response_range[1]
-    if prompt + response > context:
-        raise InputError(
-            f"{args.reward}: this reward model reads {context} tokens, too few for a prompt of {prompt} and a response "
-            f"of {response}; lower --response-tokens, shorten the prompts, or train it with a longer context"
-        )
+    prompt, response = max(map(len, prompts)), args.config.response_range[1]
+    for scorer in reward_models(reward):
+        context = scorer.model.config.n_positions
+        if prompt + response > context:
+            raise InputError(
+                f"{scorer.name}: this reward model reads {context} tokens, too few for a prompt of {prompt} and a "
+                f"response of {response}; lower --response-tokens, shorten the prompts, or train it with a longer "
+                "context"
+            )
 
 
 def say_fit(args: Args, policy: GPT, critic: ScalarModel, frozen: list, prompts: list[list[int]]) -> None:
@@ -171,18 +192,30 @@ def prompts_at(args: Args, prompts: list[list[int]], step: int) -> list[list[int
 
 
 def make_critic(args: Args, policy: GPT, reward: Reward) -> ScalarModel:
-    """Separate: starts as the reward model, which already knows what is coming (Stiennon et al. 2020, section 3.4), or
-    as the policy's trunk under a head of zeros. Shared: a head of zeros on the policy itself."""
-    if args.config.critic == "shared":
-        critic = ScalarModel(policy.config, trunk=policy)
-    elif isinstance(reward, RewardModelScorer):
-        critic = clone(reward.model)
+    """Separate: starts as the reward model (the first, of several), which already knows what is coming (Stiennon et al.
+    2020, section 3.4), or as the policy's trunk under a head of zeros. Shared: a head of zeros on the policy itself."""
+    device, scorers = policy.wte.weight.device, reward_models(reward)
+    if args.critic_init not in ("auto", "policy"):
+        critic = critic_of(args, policy)
+    elif scorers and args.critic_init == "auto" and args.config.critic == "separate":
+        critic = clone(scorers[0].model)
     else:
-        critic = ScalarModel(policy.config, trunk=clone(policy))
-    if args.config.critic == "shared" or not isinstance(reward, RewardModelScorer):
+        critic = ScalarModel(policy.config, trunk=policy if args.config.critic == "shared" else clone(policy))
         critic.score.weight.data.zero_()
     critic.requires_grad_(True)
-    return critic.to(policy.wte.weight.device)
+    return critic.to(device)
+
+
+def critic_of(args: Args, policy: GPT) -> ScalarModel:
+    """The reward model that --critic-init names, if it can read what the policy writes."""
+    critic, tokenizer = load_run(args.critic_init, scalar=True)
+    require_same_tokenizer(load_run(args.init)[1], args.init, tokenizer, args.critic_init)
+    if critic.config.n_positions < policy.config.n_positions:
+        raise InputError(
+            f"{args.critic_init}: this critic reads {critic.config.n_positions} tokens, the policy "
+            f"{policy.config.n_positions}; name one with as long a context"
+        )
+    return critic
 
 
 if __name__ == "__main__":

@@ -1,38 +1,52 @@
-"""Compare runs on the same held-out prompts: win rate, rewards, KL, length, diversity; a table, a picture, the text.
+"""Compare runs on the same held-out prompts: who wins, by how much, at what KL; a table, a picture, a page to read.
 
     python -m minirlhf.evaluate runs/ppo runs/dpo --baseline runs/sft --reward runs/rm --out runs/report
+    python -m minirlhf.evaluate runs/ppo --best-of 4 16                 and the best of 4 and of 16 of the baseline's
+    python -m minirlhf.evaluate runs/ppo --temperature 0.5 1            each at several temperatures
+    python -m minirlhf.evaluate runs/ppo --judge human                  and you choose, blind
 
-    report.json        {"baseline", "judge", …, "runs": {NAME: {"win_rate", "gold", "kl", …}}}
+    report.json        {"baseline", "judge", …, "runs": {NAME: {"win_rate", "gold", "kl", …}}, "head_to_head": […]}
+    report.html        the table, the picture and the responses side by side, in one file
     report.png         win rates, reward against KL, training curves
     responses.jsonl    every response, with its scores
+    human.jsonl        a person's verdicts, with --judge human; never replaced
 
 Two numbers say whether a reward was learned or exploited: the judge's score, which no training saw, and the KL to the
 baseline, the price paid for it (Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization", figure 1).
 """
 
 import json
-import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import torch
 import tyro
 from jaxtyping import Float
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from minirlhf import InputError, helpdesk
-from minirlhf.data import Demonstration, Example, Prompt, Ranking, Text, collate, expect, read_records, write_records
-from minirlhf.generate import encode_prompt, sample
-from minirlhf.model import GPT, response_stats, scatter_counted
-from minirlhf.rewards import TokenText, load_reward, score
+from minirlhf import InputError, helpdesk, human
+from minirlhf.best_of_n import draw, kl_bound, logratio
+from minirlhf.data import write_records
+from minirlhf.measures import (
+    bootstrap_interval,
+    distinct_n,
+    repetition,
+    sequence_stats,
+    sign_test,
+    standard_error,
+    win_rate,
+    wins,
+)
+from minirlhf.plot import DARK, LIGHT, drawing, read_curves, right_axis
+from minirlhf.prompts import PromptArgs, read_prompts, respond
+from minirlhf.report_page import page
+from minirlhf.rewards import Reward, TokenText, load_reward, reward_models, score
 from minirlhf.runs import (
     check_at_least,
-    check_kernel,
     check_positive,
     cli,
     console,
@@ -40,113 +54,18 @@ from minirlhf.runs import (
     mix,
     pick_device,
     require_same_tokenizer,
-    seeded,
     show_samples,
     write_text,
 )
-from minirlhf.sampling import Sampling
-from minirlhf.token_stats import Kernel
 from minirlhf.tokenizer import Tokenizer
 
 SCRIPTS = {"runs/sft": "train_sft.py", "runs/rm": "train_rm.py", "runs/ppo": "train_ppo.py", "runs/dpo": "train_dpo.py"}
-
-# --- measures ---------------------------------------------------------------------------------------------------------
-
-
-def wins(scores: Float[Tensor, " B"], baseline_scores: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """1 where the response beats the baseline's to the same prompt, 0 where it loses, 1/2 where they tie."""
-    return (torch.sign(scores - baseline_scores) + 1) / 2
-
-
-def win_rate(scores: Float[Tensor, " B"], baseline_scores: Float[Tensor, " B"]) -> float:
-    """Share of prompts on which the run beats the baseline; ties count half."""
-    return float(wins(scores, baseline_scores).mean())
-
-
-def bootstrap_interval(values: Float[Tensor, " B"], seed: int, resamples: int = 2000) -> tuple[float, float]:
-    """95% interval of a mean: draw B of the B values with replacement, again and again; keep the middle of the means.
-
-    Values that are all equal give an interval of no width: where nothing was seen to vary, nothing is resampled.
-    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13 (the percentile interval).
-
-    Args:
-        values: (B,), one for each prompt: prompts are what another evaluation would draw anew.
-        seed: the same seed gives the same interval.
-        resamples: means to draw.
-
-    Returns:
-        The 2.5th and the 97.5th percentile.
-    """
-    rows = torch.randint(len(values), (resamples, len(values)), generator=seeded(seed))
-    low, high = values.cpu()[rows].mean(-1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Distinct word n-grams over all n-grams of the texts: low when a policy says the same thing to everyone.
-
-    It falls with the number of texts, so compare it only at the same number.
-    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 5.
-    Differs: divided by the n-grams, not the words.
-    """
-    words = [text.split() for text in texts]
-    ngrams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
-class SequenceStats(NamedTuple):
-    """Divergence from the reference, each summed over the tokens of a response, in nats."""
-
-    kl: Float[Tensor, " B"]  # Σ_t KL(π(·|s_t) ‖ π_ref(·|s_t)), over the whole vocabulary at each state visited
-    k1: Float[Tensor, " B"]  # Σ_t log π(a_t|s_t) - log π_ref(a_t|s_t), of the tokens drawn
-
-
-@torch.no_grad()
-def sequence_stats(
-    model: GPT,
-    ref_model: GPT,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    temperature: float = 1.0,
-    kernel: str = "auto",
-    batch_size: int = 16,
-) -> SequenceStats:
-    """KL(policy‖reference) along each response: exact at every state, and as sampled.
-
-        KL(π‖π_ref) = E_{y ~ π} Σ_t KL(π(·|y_<t) ‖ π_ref(·|y_<t)) = E_{y ~ π} Σ_t log π(y_t|y_<t)/π_ref(y_t|y_<t)
-
-    When the responses are the policy's own samples, the mean over them estimates the same KL both ways; the first
-    leaves less to chance, since only the states are sampled and not the token drawn at each.
-
-    Args:
-        model: the policy that drew the responses.
-        ref_model: the reference, with the same vocabulary.
-        prompts: B lists of token ids.
-        responses: B lists of token ids, each with its end-of-text where one was drawn.
-        temperature: the one the responses were drawn at.
-        kernel: which `token_stats`.
-        batch_size: sequences at a time; logits of all their response tokens are held at once.
-
-    Returns:
-        `SequenceStats` of tensors (B,), on the CPU.
-    """
-    device = model.wte.weight.device
-    kl, k1 = torch.zeros(len(prompts)), torch.zeros(len(prompts))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    for rows in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        batch = collate([Example([*prompts[i], *responses[i]], len(prompts[i])) for i in rows], fill=0)
-        tokens, counted = batch.tokens.to(device), batch.response_mask.to(device)  # (b, T)
-        stats = response_stats(model, tokens, counted, ref_model, temperature=temperature, kernel=kernel)
-        kl[rows] = scatter_counted(stats.kl, counted).sum(-1).cpu()
-        k1[rows] = scatter_counted(stats.logprobs - stats.ref_logprobs, counted).sum(-1).cpu()
-    return SequenceStats(kl, k1)
-
-
-# --- python -m minirlhf.evaluate --------------------------------------------------------------------------------------
+MOST_CURVES = 4  # training curves beside each other; `minirlhf.plot` draws the rest
+POOL = 64  # responses a prompt that best-of-n draws at least: those it does not choose from say how rare the best is
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(PromptArgs):
     """Compare runs with a baseline on the same held-out prompts."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
@@ -154,190 +73,228 @@ class Args:
     baseline: Path = Path("runs/sft")
     """The run they started from, or GPT-2 (a folder, gpt2, ORG/NAME)."""
     out: Path = Path("runs/report")
-    """Folder of the report; an older report in it is replaced."""
-    prompts: str = "helpdesk"
-    """helpdesk, or a file of records whose prompts no training saw."""
-    n: int = 300
-    """Prompts; of a longer file, a random choice."""
-    prompt_tokens: int = 4
-    """Where the file holds plain texts: the first tokens of each that are the prompt."""
-    skip_long_prompts: bool = False
-    """Leave out prompts that do not fit the context with their response, instead of stopping."""
+    """Folder of the report; an older report in it is replaced, but for a person's verdicts."""
     reward: str | None = None
     """What the runs were trained on, scored beside the judge: a folder, pkg.module:function or hf:DIR."""
     judge: str | None = None
-    """Who decides the wins, with the same choice; gold on the helpdesk."""
-    max_new_tokens: int = 48
-    """The longest response."""
-    temperature: float = 1.0
-    """Divides the logits, in sampling and in the KL."""
-    batch_size: int = 64
-    """Prompts sampled at a time."""
+    """Who decides the wins, with the same choice; gold on the helpdesk. human: you, beside the automatic one."""
+    human_n: int = 40
+    """--judge human: comparisons to show."""
+    best_of: tuple[int, ...] = ()
+    """Rows for the best of so many responses of the baseline, chosen by the reward (without one, by the judge)."""
+    temperature: tuple[float, ...] = (1.0,)
+    """Divides the logits, in sampling and in the KL; of several, each run has a row for each, and is compared with the
+    baseline at the same one."""
     show: int = 3
     """Prompts whose responses are shown side by side."""
-    seed: int = 0
-    """Of the prompts, the samples and the intervals."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    kernel: Kernel = "auto"
-    """Which token_stats: fused (compiled at first use), reference (plain PyTorch) or auto (fused where it can be)."""
+    page: int = 100
+    """Prompts whose responses are on the page."""
 
     def __post_init__(self):
-        check_at_least(2, n=self.n)
-        check_at_least(0, show=self.show)
-        check_positive(
-            prompt_tokens=self.prompt_tokens,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            batch_size=self.batch_size,
-        )
-        check_kernel(self.kernel, self.device)
+        super().__post_init__()
+        check_at_least(0, show=self.show, page=self.page)
+        check_at_least(1, human_n=self.human_n, temperatures=len(self.temperature))
+        for temperature in self.temperature:
+            check_positive(temperature=temperature)
+        for n in self.best_of:
+            check_at_least(2, best_of=n)
+        for flag, values in (("--temperature", self.temperature), ("--best-of", self.best_of)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{flag} {' '.join(map(str, values))}: one is named twice; name each once")
 
 
 class Outcome(NamedTuple):
-    """What one run did with the prompts."""
+    """What one row of the table did with the prompts."""
 
+    baseline: str  # the row it is compared with
+    temperature: float
     responses: list[TokenText]
     gold: Float[Tensor, " B"]
     scores: Float[Tensor, " B"] | None
-    kl: Float[Tensor, " B"]
+    kl: Float[Tensor, " B"]  # nats a response
+    entropy: Float[Tensor, " B"] | None  # nats a response; None where there is no policy to ask
+    kl_bound: float | None = None
 
 
 def main(args: Args) -> None:
     """Sample every run, judge, compare, and write the report."""
     folders = [args.baseline, *(args.runs or (Path("runs/ppo"), Path("runs/dpo")))]
     reward_spec = args.reward if args.runs or args.reward else "runs/rm"
-    for named in [*folders, reward_spec, args.judge]:
+    judge_spec = None if args.judge == "human" else args.judge
+    for named in [*folders, reward_spec, judge_spec]:
         if str(named) in SCRIPTS and not Path(named).is_dir():
             raise InputError(f"{named} does not exist yet; run python {SCRIPTS[str(named)]} first")
-    if args.judge is None and args.prompts != "helpdesk":
-        raise InputError(f"--prompts {args.prompts} needs a --judge to decide the wins; gold only knows the helpdesk")
+    if judge_spec is None and args.prompts == "helpdesk":
+        judge_spec = "gold"
+    elif judge_spec is None and args.judge == "human":
+        judge_spec = reward_spec  # the automatic judge that the person's verdicts are held against
+    if judge_spec is None:
+        needs = "--reward beside --judge human" if args.judge == "human" else "--judge to decide the wins"
+        raise InputError(f"--prompts {args.prompts} needs a {needs}; gold only knows the helpdesk")
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out {args.out} is a file; name a folder")
+    if args.judge == "human":
+        human.read_verdicts(args.out / "human.jsonl")  # a damaged file is better known before than after
 
     device = pick_device(args.device)
     baseline, tokenizer = load_run(args.baseline, device=device)
     models = {}
-    for name, folder in zip(_names(folders), folders):
+    curves = {folder: _curves(folder) for folder in folders}  # read first: a damaged line is better known before
+    for name, folder in zip(_names(folders, [f"best of {n}" for n in args.best_of]), folders):
         models[name], own = (baseline, tokenizer) if not models else load_run(folder, device=device)
         models[name].use_kernel(args.kernel)
         require_same_tokenizer(tokenizer, args.baseline, own, folder)
     shared = {"policy_tokenizer": tokenizer, "policy_folder": args.baseline}
-    judge = load_reward(args.judge or "gold", device, **shared)
+    judge = load_reward(judge_spec, device, **shared)
     reward = load_reward(reward_spec, device, **shared) if reward_spec else None
-    prompts = _read_prompts(args, tokenizer, min(model.config.n_positions for model in models.values()))
-
-    outcomes: dict[str, Outcome] = {}
-    for row, (name, model) in enumerate(models.items()):  # a seed for each row: no two share their luck
-        console.print(f"{name}: {len(prompts)} responses")
-        drawn = _sample(model, tokenizer, prompts, args, row)
-        tokens = [prompt.tokens for prompt in prompts], [response.tokens for response in drawn]
-        kl = sequence_stats(model, baseline, *tokens, args.temperature, args.kernel).kl
-        scores = score(reward, prompts, drawn) if reward else None
-        outcomes[name] = Outcome(drawn, score(judge, prompts, drawn), scores, kl)
+    read = [*models.values(), *(scorer.model for scorer in [*reward_models(judge), *reward_models(reward)])]
+    context = min(model.config.n_positions for model in read)
+    prompts = read_prompts(args, helpdesk.held_out_prompts, tokenizer, context, "minirlhf.evaluate")
 
     first = next(iter(models))
+    outcomes: dict[str, Outcome] = {}
+    for temperature in args.temperature:
+        at = "" if len(args.temperature) == 1 else f", T = {temperature}"
+        for name, model in models.items():  # a seed for each row: no two share their luck
+            console.print(f"{name}{at}: {len(prompts)} responses", markup=False)
+            drawn = respond(model, tokenizer, prompts, args, mix(args.seed, len(outcomes)), temperature)
+            tokens = [prompt.tokens for prompt in prompts], [response.tokens for response in drawn]
+            stats = sequence_stats(model, baseline, *tokens, temperature, args.kernel)
+            scores = score(reward, prompts, drawn) if reward else None
+            gold = score(judge, prompts, drawn)
+            outcomes[name + at] = Outcome(first + at, temperature, drawn, gold, scores, stats.kl, stats.entropy)
+        rows = best_of_rows(args, baseline, tokenizer, prompts, judge, reward, temperature, first + at, len(outcomes))
+        outcomes |= {f"best of {n}{at}": row for n, row in rows.items()}
+
     report = {
         "baseline": first,
         "judge": judge.name,
         "reward": reward.name if reward else None,
         "prompts": len(prompts),
         "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
+        "temperatures": list(args.temperature),
         "seed": args.seed,
-        "runs": {name: _measure(o, outcomes[first], tokenizer.eot, args.seed) for name, o in outcomes.items()},
+        "runs": {name: _measure(o, outcomes[o.baseline], tokenizer.eot, args.seed) for name, o in outcomes.items()},
+        "head_to_head": head_to_head(outcomes, args.seed),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     write_records(args.out / "responses.jsonl", _response_rows(prompts, outcomes))
+    if args.judge == "human":
+        judged = human.ask(comparisons(prompts, outcomes), args.out / "human.jsonl", args.human_n, args.seed)
+        report["human"] = human.summarise(judged, args.seed)
+    trained = [(name, curves[folder]) for name, folder in zip(models, folders) if curves[folder]]
+    draw_report(args.out / "report.png", report, dict(trained[:MOST_CURVES]))
+    picture = (args.out / "report.png").read_bytes()
+    shown = prompts[: args.page]
+    write_text(args.out / "report.html", page(report, tables(report), shown, answers(outcomes, len(shown)), picture))
     write_text(args.out / "report.json", json.dumps(report, indent=2) + "\n")
-    draw_report(args.out / "report.png", report, {n: c for n, f in zip(models, folders) if (c := _curves(f))})
 
     rows = [
         {"prompt": str(prompt)} | {name: f"{o.responses[i]}\n({o.gold[i]:.2f})" for name, o in outcomes.items()}
         for i, prompt in enumerate(prompts[: args.show])
     ]
-    show_samples(f"the same prompts, with the score of the judge ({judge.name})", rows)
-    console.print(_table(report))
-    console.print(f"report.json, report.png and responses.jsonl are in {args.out}")
+    show_samples(escape(f"the same prompts, with the score of the judge ({judge.name})"), rows)
+    for grid in tables(report):
+        console.print(for_terminal(grid))
+    console.print(f"report.json, report.html, report.png and responses.jsonl are in {args.out}", markup=False)
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
+def best_of_rows(
+    args: Args,
+    baseline: Any,
+    tokenizer: Tokenizer,
+    prompts: list[TokenText],
+    judge: Reward,
+    reward: Reward | None,
+    temperature: float,
+    compared_with: str,
+    row: int,
+) -> dict[int, Outcome]:
+    """The best of n of the baseline's own responses, for each n; its KL from how rare its scores are."""
+    if not args.best_of:
+        return {}
+    pool = max(2 * max(args.best_of), POOL)  # at least as many again as are chosen from
+    console.print(f"best of {', '.join(map(str, args.best_of))}: {pool * len(prompts):,} responses")
+    asked, drawn = draw(baseline, tokenizer, prompts, pool, args, mix(args.seed, row, 1), temperature)
+    scores = score(reward or judge, asked, drawn).view(len(prompts), pool)
+    rows = {}
+    for n in args.best_of:
+        best, place = scores[:, :n].max(-1)  # among equals, the first drawn
+        chosen = [drawn[i * pool + int(k)] for i, k in enumerate(place)]
+        kl = logratio(best, scores[:, n:], n)
+        gold = score(judge, prompts, chosen)
+        rows[n] = Outcome(compared_with, temperature, chosen, gold, best if reward else None, kl, None, kl_bound(n))
+    return rows
+
+
+def head_to_head(outcomes: dict[str, Outcome], seed: int) -> list[dict[str, Any]]:
+    """Every two rows at one temperature, on the same prompts: who wins, and could it be chance?"""
+    found = []
+    names = list(outcomes)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            if outcomes[one].baseline == outcomes[other].baseline:
+                won = wins(outcomes[one].gold, outcomes[other].gold)
+                low, high = bootstrap_interval(won, seed)
+                found.append({
+                    "run": one, "over": other, "win_rate": float(won.mean()), "win_rate_low": low,
+                    "win_rate_high": high, "ties": float((won == 0.5).float().mean()), "p_value": sign_test(won),
+                })  # fmt: skip
+    return found
+
+
+def comparisons(prompts: list[TokenText], outcomes: dict[str, Outcome]) -> list[human.Comparison]:
+    """Every row against its baseline on every prompt."""
+    return [
+        human.Comparison(
+            name, run.baseline, str(prompt), str(run.responses[i]), str(outcomes[run.baseline].responses[i]),
+            float(run.gold[i] - outcomes[run.baseline].gold[i]),
+        )
+        for name, run in outcomes.items()
+        if name != run.baseline
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+
+
+def _names(folders: Sequence[Path], taken: Sequence[str] = ()) -> list[str]:
     """A folder's own name; where that is taken, its path, and then a number."""
     names: list[str] = []
     for folder in folders:
-        choice = [folder.resolve().name, str(folder), *(f"{folder} ({i})" for i in range(2, len(folders) + 1))]
-        names.append(next(name for name in choice if name not in names))
+        choice = [folder.resolve().name, str(folder), *(f"{folder} ({i})" for i in range(2, len(folders) + 2))]
+        names.append(next(name for name in choice if name not in (*names, *taken)))
     return names
 
 
-def _read_prompts(args: Args, tokenizer: Tokenizer, context: int) -> list[TokenText]:
-    """The prompts as text and tokens: the same for every run."""
-    if args.prompts == "helpdesk":
-        records = helpdesk.held_out_prompts(args.n, args.seed)
-    else:
-        kinds = (Prompt, Demonstration, Ranking, Text)
-        records = expect(read_records(args.prompts), kinds, args.prompts, "minirlhf.evaluate")
-        if len(records) < 2:
-            raise InputError(f"{args.prompts}: holds one record; give at least 2 prompts to compare on")
-        if len(records) > args.n:
-            records = random.Random(f"evaluate {args.seed}").sample(records, args.n)
-    prompts = []
-    for record in records:
-        if isinstance(record, Text):
-            tokens = tokenizer.encode(record.text)[: args.prompt_tokens]
-            prompt = TokenText(tokenizer.decode(tokens), tokens)
-        else:
-            prompt = TokenText(record.prompt, encode_prompt(tokenizer, record.prompt))
-        if len(prompt.tokens) + args.max_new_tokens <= context:
-            prompts.append(prompt)
-        elif not args.skip_long_prompts:
-            raise InputError(
-                f"{record.source or 'a prompt of the helpdesk'}: a prompt of {len(prompt.tokens)} tokens and "
-                f"--max-new-tokens {args.max_new_tokens} exceed the context of {context}; shorten one of them, or "
-                "leave such prompts out with --skip-long-prompts"
-            )
-    if len(prompts) < len(records):
-        left_out = len(records) - len(prompts)
-        console.print(
-            f"{left_out:,} of {len(records):,} prompts were too long for the context of {context} and left out"
-        )
-    if len(prompts) < 2:
-        raise InputError(
-            f"{args.prompts}: {len(prompts)} of {len(records)} prompts fit the context of {context}; give at least 2 "
-            "that do, or lower --max-new-tokens"
-        )
-    return prompts
-
-
-def _sample(model: GPT, tokenizer: Tokenizer, prompts: list[TokenText], args: Args, row: int) -> list[TokenText]:
-    drawn = sample(
-        model,
-        [prompt.tokens for prompt in prompts],
-        tokenizer.eot,
-        args.max_new_tokens,
-        mix(args.seed, row),
-        Sampling(temperature=args.temperature),
-        args.batch_size,
-        args.kernel,
-    )
-    return [TokenText(tokenizer.decode(response.tokens), response.tokens) for response in drawn]
-
-
-def _measure(run: Outcome, baseline: Outcome, eot: int, seed: int) -> dict[str, float | None]:
-    """One run's row of the report."""
-    low, high = bootstrap_interval(wins(run.gold, baseline.gold), seed)
+def _measure(run: Outcome, baseline: Outcome, eot: int, seed: int) -> dict[str, Any]:
+    """One row of the report."""
+    won, lead = wins(run.gold, baseline.gold), run.gold - baseline.gold
+    low, high = bootstrap_interval(won, seed)
+    lead_low, lead_high = bootstrap_interval(lead, seed)
     n = len(run.responses)
+    tokens = sum(len(response.tokens) for response in run.responses)
     return {
+        "baseline": run.baseline,
+        "temperature": run.temperature,
         "win_rate": win_rate(run.gold, baseline.gold),
         "win_rate_low": low,
         "win_rate_high": high,
+        "ties": float((won == 0.5).float().mean()),
+        "p_value": sign_test(won),
         "gold": float(run.gold.mean()),
+        "gold_se": standard_error(run.gold),
+        "lead": float(lead.mean()),
+        "lead_low": lead_low,
+        "lead_high": lead_high,
         "score": None if run.scores is None else float(run.scores.mean()),
+        "score_se": None if run.scores is None else standard_error(run.scores),
         "kl": float(run.kl.mean()),
-        "kl_se": float(run.kl.std()) / math.sqrt(n),
-        "length": sum(len(response.tokens) for response in run.responses) / n,
+        "kl_se": standard_error(run.kl),
+        "kl_bound": run.kl_bound,
+        "length": tokens / n,
         "eos_rate": sum(response.tokens[-1] == eot for response in run.responses) / n,
-        "distinct_2": distinct_n(run.responses, 2),
+        "entropy": None if run.entropy is None else float(run.entropy.sum()) / tokens,
+        "repetition": repetition(run.responses),
+        **{f"distinct_{k}": distinct_n(run.responses, k) for k in (1, 2, 3)},
     }
 
 
@@ -352,49 +309,117 @@ def _response_rows(prompts: list[TokenText], outcomes: dict[str, Outcome]) -> li
     return rows
 
 
-def _table(report: dict[str, Any]) -> Table:
-    title = f"{report['prompts']} held-out prompts; wins over {report['baseline']} as judged by {report['judge']}"
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
-    table.add_column("run", overflow="fold")
-    for column in ("win rate, 95%", "judge", "reward", "KL, nats", "tokens", "ended", "dist-2"):
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def share_with_interval(row: dict[str, Any], key: str = "win_rate") -> str:
+    """'0.84 [0.79, 0.88]', or – where there is none."""
+    if row[key] is None:
+        return "–"
+    return f"{row[key]:.2f} [{row[f'{key}_low']:.2f}, {row[f'{key}_high']:.2f}]"
+
+
+def chance(p: float) -> str:
+    """A p-value."""
+    return "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+COLUMNS = ("win rate, 95%", "judge", "reward", "KL, nats", "tokens", "ended", "dist-2")
+MORE = ("ties", "p", "lead, 95%", "KL at most", "entropy", "rep-4", "dist-1")
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """What stands in a row of the tables, on the terminal and on the page."""
+
+    def number(key: str, digits: int = 2) -> str:
+        return "–" if row[key] is None else f"{row[key]:.{digits}f}"
+
+    return {
+        "win rate, 95%": share_with_interval(row),
+        "judge": number("gold"),
+        "reward": number("score"),
+        "KL, nats": f"{row['kl']:.2f} ± {row['kl_se']:.2f}",
+        "tokens": number("length", 1),
+        "ended": number("eos_rate"),
+        "dist-2": number("distinct_2"),
+        "ties": number("ties"),
+        "p": chance(row["p_value"]),
+        "lead, 95%": f"{row['lead']:+.2f} [{row['lead_low']:+.2f}, {row['lead_high']:+.2f}]",
+        "KL at most": number("kl_bound"),
+        "entropy": number("entropy"),
+        "rep-4": number("repetition", 3),
+        "dist-1": number("distinct_1"),
+    }
+
+
+class Grid(NamedTuple):
+    """A table of texts."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def for_terminal(grid: Grid) -> Table:
+    """The same for rich."""
+    title, columns, rows = grid
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column(columns[0], overflow="fold", min_width=min(12, max((len(row[0]) for row in rows), default=0)))
+    for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
-    for name, row in report["runs"].items():
-        table.add_row(
-            name,
-            f"{row['win_rate']:.2f} [{row['win_rate_low']:.2f}, {row['win_rate_high']:.2f}]".replace("[", r"\["),
-            f"{row['gold']:.2f}",
-            "–" if row["score"] is None else f"{row['score']:.2f}",
-            f"{row['kl']:.2f} ± {row['kl_se']:.2f}",
-            f"{row['length']:.1f}",
-            f"{row['eos_rate']:.2f}",
-            f"{row['distinct_2']:.2f}",
-        )
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 
-# --- the picture ------------------------------------------------------------------------------------------------------
+def tables(report: dict[str, Any]) -> list[Grid]:
+    """What the report says; the main table stands last, where the eye is when the command ends."""
+    rows, by = {name: cells(row) for name, row in report["runs"].items()}, report["judge"]
+    more = [[name, *(row[key] for key in MORE)] for name, row in rows.items()]
+    found = [Grid(f"more of them; lead and p (sign test) against {report['baseline']}", ["run", *MORE], more)]
+    between = [row for row in report["head_to_head"] if report["runs"][row["run"]]["baseline"] != row["run"]]
+    if 0 < len(between) <= 10:  # of more, the report has them all
+        lines = [
+            [f"{row['run']} over {row['over']}", share_with_interval(row), f"{row['ties']:.2f}", chance(row["p_value"])]
+            for row in between
+        ]
+        found.append(Grid("run against run", ["", "win rate, 95%", "ties", "p"], lines))
+    if "human" in report:
+        lines = [
+            [name, str(row["comparisons"]), share_with_interval(row), f"{row['ties']:.2f}", str(row["strict"]),
+             share_with_interval(row, "agreement")]
+            for name, row in report["human"].items()
+        ]  # fmt: skip
+        columns = ["run", "compared", "win rate, 95%", "ties", "both strict", "agreement, 95%"]
+        found.append(Grid(f"as you judged, and how far {by} agrees", columns, lines))
+    title = f"{report['prompts']} held-out prompts; wins over {report['baseline']} as judged by {by}"
+    return [
+        *found,
+        Grid(title, ["run", *COLUMNS], [[name, *(row[key] for key in COLUMNS)] for name, row in rows.items()]),
+    ]
 
-# Colours that stay apart in grayscale, and never alone: shape or dash says the same.
-DARK, LIGHT = "#1d3557", "#e09f3e"
-STYLE = {
-    "figure.dpi": 150,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "legend.frameon": False,
-    "savefig.facecolor": "white",
-}
+
+def answers(outcomes: dict[str, Outcome], count: int) -> list[list[tuple[str, str, str, str]]]:
+    """For the page: of each of the first prompts, every row's response, its scores, and whether it won."""
+    found = []
+    won_by = {name: wins(run.gold, outcomes[run.baseline].gold).tolist() for name, run in outcomes.items()}
+    for i in range(count):
+        own = []
+        for name, run in outcomes.items():
+            said = f"judge {run.gold[i]:.2f}" + ("" if run.scores is None else f", reward {run.scores[i]:.2f}")
+            outcome = "" if name == run.baseline else {1.0: "won", 0.0: "lost"}.get(won_by[name][i], "tied")
+            own.append((name, str(run.responses[i]), f"{said}, KL {run.kl[i]:.2f}", outcome))
+        found.append(own)
+    return found
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
 
 
 def _curves(folder: Path) -> dict[str, list[float]]:
     """Columns of a run's metrics.jsonl, if it logged a reward and a KL: that is, if it was trained by PPO."""
     path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_curves(folder, folder.name).rows if path.is_file() and path.stat().st_size else []
     rows = [row for row in rows if row.get("reward") is not None and row.get("kl_exact") is not None]
     keys = [key for key in ("step", "reward", "gold", "kl_exact") if all(row.get(key) is not None for row in rows)]
     return {key: [row[key] for row in rows] for key in keys} if len(rows) > 1 else {}
@@ -402,24 +427,15 @@ def _curves(folder: Path) -> dict[str, list[float]]:
 
 def draw_report(path: Path, report: dict[str, Any], curves: dict[str, dict[str, list[float]]]) -> None:
     """Draw win rates, reward against KL, and the training curves of runs that have them."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.2 * (2 + len(curves)), 3.2), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15)  # inches, between the panels
-        panels = figure.subplots(1, 2 + len(curves))
+    with drawing(path, columns=2 + len(curves), height=max(3.2, 0.22 * len(report["runs"]))) as panels:
         _draw_win_rates(panels[0], report)
         _draw_frontier(panels[1], report)
         for panel, (name, columns) in zip(panels[2:], curves.items()):
             _draw_curves(panel, name, columns)
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="png")
-    partial.replace(path)
 
 
 def _draw_win_rates(axes, report: dict[str, Any]) -> None:
-    rows = {name: row for name, row in report["runs"].items() if name != report["baseline"]}
+    rows = {name: row for name, row in report["runs"].items() if name != row["baseline"]}
     rates = [row["win_rate"] for row in rows.values()]
     below = [row["win_rate"] - row["win_rate_low"] for row in rows.values()]
     above = [row["win_rate_high"] - row["win_rate"] for row in rows.values()]
@@ -440,7 +456,7 @@ def _draw_frontier(axes, report: dict[str, Any]) -> None:
     axes.set(xlabel=f"KL(run‖{report['baseline']}), nats a response", ylabel="● judge", title="Reward against KL")
     axes.margins(0.2)
     if report["reward"] is not None:
-        other = _right_axis(axes, "◇ reward")
+        other = right_axis(axes, "◇ reward")
         other.plot(kl, [row["score"] for row in report["runs"].values()], "D", color=LIGHT, mfc="none", markersize=11)
         other.margins(0.2)
 
@@ -449,19 +465,11 @@ def _draw_curves(axes, name: str, columns: dict[str, list[float]]) -> None:
     axes.plot(columns["step"], columns["reward"], "-", color=DARK, label="reward")
     if "gold" in columns:
         axes.plot(columns["step"], columns["gold"], "--", color=DARK, label="gold")
-    other = _right_axis(axes, "exact KL, nats")
+    other = right_axis(axes, "exact KL, nats")
     other.plot(columns["step"], columns["kl_exact"], "-.", color=LIGHT, label="KL (right)")
     axes.set(xlabel="step", ylabel="reward", title=f"Training of {name}")
     lines = [*axes.lines, *other.lines]
     axes.legend(lines, [line.get_label() for line in lines], loc="center right")
-
-
-def _right_axis(axes, label: str):
-    other = axes.twinx()
-    other.spines["right"].set_visible(True)
-    other.grid(visible=False)
-    other.set_ylabel(label)
-    return other
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -388,6 +388,20 @@ def rankings(n: int, seed: int, k: int = 4, held_out: bool = False) -> list[Rank
         replies = tuple(_reply(scenario, mix, rng) for mix in mixes)
         felt = [g + ANNOTATOR_TEMPERATURE * -math.log(rng.expovariate(1.0)) for g in gold([prompt] * k, replies)]
         out.append(Ranking(prompt, replies, _ranks(felt)))
+    return out
+
+
+def rank_again(rankings: Sequence[Ranking], seed: int) -> list[Ranking]:
+    """Let other annotators rank the same replies: the same equation as in `rankings`, fresh noise.
+
+    How far two who see the same agree is what noise leaves of any label.
+    """
+    rng = random.Random(f"rank again {seed}")
+    out = []
+    for ranking in rankings:
+        scores = gold([ranking.prompt] * len(ranking.responses), ranking.responses)
+        felt = [g + ANNOTATOR_TEMPERATURE * -math.log(rng.expovariate(1.0)) for g in scores]
+        out.append(replace(ranking, ranks=_ranks(felt)))
     return out
 
 

@@ -6,6 +6,7 @@ All of them are one protocol, `reward(prompts, responses, texts) -> B numbers`, 
     pkg.module:function      any Python function of (prompts, responses, texts)
     hf:DIR                   a text classifier in Hugging Face's format: the log-odds of its positive label
     runs/rm                  a reward model trained with train_rm.py
+    mean:A,B,…  worst:A,B,…  several of these (no comma in a name) as one: their mean, or the lowest, each response
 
 To score a file:
 
@@ -42,7 +43,7 @@ from minirlhf.model import last_token
 from minirlhf.runs import autocast, check_positive, cli, load_run, pick_device, require_same_tokenizer
 from minirlhf.tokenizer import Tokenizer, TokenText
 
-FORMS = "gold, pkg.module:function, hf:DIR (a text classifier) or the folder of a reward model"
+FORMS = "gold, pkg.module:function, hf:DIR (a text classifier), the folder of a reward model, or mean:A,B or worst:A,B"
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ def score(reward: Reward, prompts: Sequence[str], responses: Sequence[str]) -> F
     return scores
 
 
-# --- four kinds of reward ---------------------------------------------------------------------------------------------
+# --- five kinds of reward ---------------------------------------------------------------------------------------------
 
 
 class RewardModelScorer:
@@ -207,6 +208,32 @@ class TextClassifier:
         return scores
 
 
+class Ensemble:
+    """Several rewards as one, so that what only one of them overrates pays less.
+
+        mean    r = 1/M Σ_m r_m          worst   r = min_m r_m
+
+    Comparisons leave a constant per prompt free, and in the lowest of several such a constant would count: train the
+    members with `--centring`, which pins it down.
+    Source: Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", section 3.3 (mean and
+    worst-case optimisation); Eisenstein et al. 2023, section 4.
+    """
+
+    def __init__(self, how: str, members: Sequence[Reward]):
+        self.name = f"{how}:{','.join(member.name for member in members)}"
+        self.how, self.members = how, list(members)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str], texts: Sequence[str]) -> Float[Tensor, " B"]:
+        scores = torch.stack([score(member, prompts, responses) for member in self.members])  # (M, B)
+        return scores.mean(0) if self.how == "mean" else scores.amin(0)
+
+
+def reward_models(reward: Reward | None) -> list[RewardModelScorer]:
+    """The reward models among what scores: the reward itself, or members of an ensemble."""
+    members = reward.members if isinstance(reward, Ensemble) else [reward]
+    return [member for member in members if isinstance(member, RewardModelScorer)]
+
+
 def load_reward(
     spec: str,
     device: torch.device | str = "cpu",
@@ -218,7 +245,7 @@ def load_reward(
     """The reward that a command line names.
 
     Args:
-        spec: gold, pkg.module:function, hf:DIR, or the folder of a reward model.
+        spec: gold, pkg.module:function, hf:DIR, the folder of a reward model, or mean:A,B or worst:A,B of these.
         device: where models run.
         policy_tokenizer: of the policy whose tokens are to be scored; a reward model must have the same.
         policy_folder: the policy's, for the error message.
@@ -231,6 +258,12 @@ def load_reward(
         return GoldJudge()
     if spec.startswith("hf:"):
         return TextClassifier(spec, device, batch_size)
+    if spec.startswith(("mean:", "worst:")):
+        how, _, members = spec.partition(":")
+        if members.count(",") < 1 or not all(members.split(",")):
+            raise InputError(f"{spec}: an ensemble has two members or more; write {how}:runs/rm-1,runs/rm-2")
+        known = {"policy_tokenizer": policy_tokenizer, "policy_folder": policy_folder, "batch_size": batch_size}
+        return Ensemble(how, [load_reward(member, device, **known) for member in members.split(",")])
     if ":" in spec and not Path(spec).exists():
         return PythonReward(spec)
     if not Path(spec).is_dir():
@@ -355,7 +388,7 @@ def main(args: Args) -> None:
         responses += own
     notes = sys.stdout if args.out is not None else sys.stderr
     if isinstance(reward, RewardModelScorer):
-        prompts, responses, cut = _cut(reward, prompts, responses)
+        prompts, responses, cut = cut_to_context(reward, prompts, responses)
         if cut:
             context = reward.model.config.n_positions
             print(f"{cut} of {len(responses)} texts were cut to the context of {context} tokens", file=notes)
@@ -386,7 +419,9 @@ def _responses(record: Text | Demonstration | Ranking) -> list[str]:
     return [record.text if isinstance(record, Text) else record.response]
 
 
-def _cut(reward: RewardModelScorer, prompts: list[str], responses: list[str]) -> tuple[list[str], list[str], int]:
+def cut_to_context(
+    reward: RewardModelScorer, prompts: list[str], responses: list[str]
+) -> tuple[list[str], list[str], int]:
     """What the model is too short for, cut as its training data were; and how many that were."""
     made = [
         make_example(reward.tokenizer, prompt, response, reward.model.config.n_positions)

@@ -842,7 +842,7 @@ BUGS = (
     Bug(
         name="ties-win",
         title="Ties count as wins",
-        where="minirlhf.evaluate:wins",
+        where="minirlhf.measures:wins",
         before="return (torch.sign(scores - baseline_scores) + 1) / 2",
         after="return (scores >= baseline_scores).float()",
         symptom="A model beats itself. Judges who give whole marks tie often, and each tie goes to whoever is asked "

@@ -37,15 +37,18 @@ TEXTS = [
 ]
 
 
+MODULES = ("generate", "rewards", "evaluate", "best_of_n", "reward_report")
+
+
 @pytest.fixture(scope="session")
 def commands():
-    """By name: four scripts, which are no package, and three modules."""
+    """By name: four scripts, which are no package, and five modules."""
     found = {}
     for name in ("train_sft", "train_rm", "train_ppo", "train_dpo"):
         spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parent.parent / f"{name}.py")
         found[name] = sys.modules[name] = importlib.util.module_from_spec(spec)  # where help texts are looked for
         spec.loader.exec_module(found[name])
-    return found | {name: importlib.import_module(f"minirlhf.{name}") for name in ("generate", "rewards", "evaluate")}
+    return found | {name: importlib.import_module(f"minirlhf.{name}") for name in MODULES}
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from minirlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_sft", "train_rm", "train_ppo", "train_dpo")
-COMMANDS = (*SCRIPTS, "generate", "rewards", "evaluate")
+COMMANDS = (*SCRIPTS, "generate", "rewards", "evaluate", "best_of_n", "reward_report")
 GOOD = {
     "demonstrations": [
         {"prompt": f"Customer: My lamp {i} is broken!\nAgent:", "response": f" Send photo {i}."} for i in range(8)
@@ -106,6 +106,9 @@ def reading(command, file, policy="sft", reward="rm", out="out"):
         "rewards": [reward, file, "--out", f"{out}.jsonl"],
         "evaluate": [policy, "--baseline", policy, "--prompts", file, "--judge", reward, "--out", out,
                      "--max-new-tokens", 8],
+        "best_of_n": [policy, "--reward", reward, "--prompts", file, "--out", f"{out}.jsonl", "--of", 2,
+                      "--max-new-tokens", 8],
+        "reward_report": [reward, "--data", file, "--out", out],
     }[command]  # fmt: skip
 
 
@@ -331,7 +334,7 @@ def test_a_damaged_run_is_refused_as_input(here, refused, damage, tiny_run, tiny
     shutil.copytree(tiny_run, "bad")
     do(here / "bad")
     for command in COMMANDS:
-        if command != "rewards":
+        if command not in ("rewards", "reward_report"):
             line = refused(command, *reading(command, good_file(command), policy="bad"))
             assert line.startswith("error: bad")
             assert what in line
@@ -345,7 +348,7 @@ def test_a_damaged_run_is_refused_as_input(here, refused, damage, tiny_run, tiny
 
 def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(refused):
     for command in COMMANDS:
-        if command != "rewards":
+        if command not in ("rewards", "reward_report"):
             line = refused(command, *reading(command, good_file(command), policy="rm"))
             assert "rm: a reward model, not a language model; name a run of" in line
     for command in ("train_ppo", "rewards", "evaluate"):

@@ -1,8 +1,10 @@
 """Evaluation: every number of the report, computed a second way."""
 
+import html
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirlhf import InputError, helpdesk
-from minirlhf.evaluate import Args, bootstrap_interval, distinct_n, main, sequence_stats, win_rate, wins
-from minirlhf.generate import Sampling, generate
+from minirlhf import InputError, evaluate, helpdesk
+from minirlhf.best_of_n import logratio
+from minirlhf.evaluate import Args, main
+from minirlhf.generate import Sampling, generate, sample
+from minirlhf.measures import bootstrap_interval, distinct_n, sequence_stats, sign_test, win_rate, wins
 from minirlhf.rewards import RewardModelScorer, TokenText, score
 from minirlhf.runs import cli, load_run, mix, seeded
 from minirlhf.tokenizer import Tokenizer
@@ -132,7 +136,7 @@ def test_both_estimates_of_the_kl_agree_on_the_policys_own_samples(policies):
     model, other, tokenizer = policies
     prompts = [[i % 200] for i in range(600)]
     responses = drawn_from(model, prompts, 3, tokenizer.eot, limit=4)
-    kl, k1 = sequence_stats(model, other, prompts, responses, batch_size=64)
+    kl, k1, _ = sequence_stats(model, other, prompts, responses, batch_size=64)
     error = float((k1 - kl).std()) / math.sqrt(len(prompts))
     assert abs(float(k1.mean() - kl.mean())) < 4 * error
     assert float(kl.std()) < float(k1.std())  # the exact one leaves less to chance
@@ -182,17 +186,18 @@ def test_command_without_arguments_compares_ppo_and_dpo_on_the_helpdesk(world):
     assert (report["baseline"], report["judge"], report["reward"], report["prompts"]) == ("sft", "gold", "runs/rm", 12)
     assert list(report["runs"]) == ["sft", "ppo", "dpo"]
     keys = [
+        "baseline",
+        "temperature",
         "win_rate",
         "win_rate_low",
         "win_rate_high",
+        "ties",
+        "p_value",
         "gold",
-        "score",
-        "kl",
-        "kl_se",
-        "length",
-        "eos_rate",
-        "distinct_2",
+        "gold_se",
     ]
+    keys += ["lead", "lead_low", "lead_high", "score", "score_se", "kl", "kl_se", "kl_bound", "length", "eos_rate"]
+    keys += ["entropy", "repetition", "distinct_1", "distinct_2", "distinct_3"]
     assert all(list(row) == keys for row in report["runs"].values())
     sft = report["runs"]["sft"]
     assert (sft["win_rate"], sft["win_rate_low"], sft["win_rate_high"], sft["kl"]) == (0.5, 0.5, 0.5, 0.0)
@@ -268,14 +273,14 @@ def test_same_seed_same_report_and_another_seed_another(here):
 
 
 def test_prompts_from_plain_texts_are_their_first_tokens(here):
-    main(Args(runs=(), baseline=Path("runs/sft"), out=here / "texts", prompts="texts.jsonl", prompt_tokens=3, n=4,
+    main(Args(runs=(), baseline=Path("runs/sft"), out=here / "texts", prompts="texts.jsonl", prompt_tokens=14, n=4,
               judge="judges:brevity", max_new_tokens=4, device="cpu", show=1))  # fmt: skip
     report, rows = read(here / "texts")
     texts = [json.loads(line)["text"] for line in (here / "texts.jsonl").read_text().splitlines()]
     tokenizer = Tokenizer.load(here / "runs/sft")
     prompts = [row["prompt"] for row in rows if row["run"] == "sft"]
     assert report["prompts"] == len(prompts) == 4  # a random choice of the six
-    assert set(prompts) <= {tokenizer.decode(tokenizer.encode(text)[:3]) for text in texts}
+    assert set(prompts) <= {tokenizer.decode(tokenizer.encode(text)[:14]) for text in texts}
 
 
 def test_a_prompt_that_just_fits_is_kept_and_a_longer_one_left_out_on_request(here, capsys):
@@ -291,6 +296,120 @@ def test_a_prompt_that_just_fits_is_kept_and_a_longer_one_left_out_on_request(he
         assert read(out)[0]["prompts"] == kept
         said = f"1 of 4 prompts were too long for the context of {context} and left out"
         assert (said in capsys.readouterr().out) == (kept < 4)
+
+
+def test_best_of_n_is_the_best_of_the_first_n_and_its_kl_that_of_its_rarity(here):
+    out = here / "best"
+    main(Args(runs=(Path("runs/ppo"),), out=out, prompts="prompts.jsonl", judge="judges:brevity", reward="runs/rm",
+              max_new_tokens=6, device="cpu", show=0, best_of=(3, 16)))  # fmt: skip
+    report, rows = read(out)
+    assert list(report["runs"]) == ["sft", "ppo", "best of 3", "best of 16"]
+    sft, tokenizer = load_run("runs/sft")
+    prompts = [row["prompt"] for row in rows if row["run"] == "sft"]
+    ids = [tokenizer.encode(prompt) for prompt in prompts for _ in range(64)]
+    drawn = [row.tokens for row in sample(sft, ids, tokenizer.eot, 6, mix(0, 2, 1))]
+    texts = [TokenText(tokenizer.decode(row), row) for row in drawn]
+    pool = score(RewardModelScorer("runs/rm"), [p for p in prompts for _ in range(64)], texts).view(4, 64)
+    for n in (3, 16):
+        own, got = [row for row in rows if row["run"] == f"best of {n}"], report["runs"][f"best of {n}"]
+        for i, row in enumerate(own):
+            best = int(pool[i, :n].argmax())
+            assert row["response"] == str(texts[64 * i + best])
+            assert row["score"] == pytest.approx(float(pool[i, best]), abs=1e-5)
+        assert got["kl"] == pytest.approx(float(logratio(pool[:, :n].amax(-1), pool[:, n:], n).mean()), abs=1e-5)
+        assert got["kl_bound"] == pytest.approx(math.log(n) - (n - 1) / n) and got["entropy"] is None
+        assert got["score"] == pytest.approx(float(pool[:, :n].amax(-1).mean()), abs=1e-5)
+    assert report["runs"]["best of 16"]["score"] >= report["runs"]["best of 3"]["score"]
+    assert report["runs"]["ppo"]["kl_bound"] is None
+
+
+def test_at_several_temperatures_each_is_compared_with_the_baseline_at_its_own(here):
+    out = here / "warm"
+    main(Args(runs=(Path("runs/ppo"),), out=out, prompts="prompts.jsonl", judge="judges:brevity", max_new_tokens=12,
+              device="cpu", show=0, temperature=(0.3, 1.0), best_of=(2,)))  # fmt: skip
+    report, rows = read(out)
+    assert report["temperatures"] == [0.3, 1.0]
+    names = [f"{name}, T = {t}" for t in ("0.3", "1.0") for name in ("sft", "ppo", "best of 2")]
+    assert list(report["runs"]) == names
+    for t in ("0.3", "1.0"):
+        cold = report["runs"][f"ppo, T = {t}"]
+        assert cold["baseline"] == f"sft, T = {t}" and cold["temperature"] == float(t)
+        gold = {n: torch.tensor([r["gold"] for r in rows if r["run"] == f"{n}, T = {t}"]) for n in ("sft", "ppo")}
+        assert cold["win_rate"] == win_rate(gold["ppo"], gold["sft"])
+        assert cold["lead"] == pytest.approx(float((gold["ppo"] - gold["sft"]).mean()), abs=1e-5)
+    assert report["runs"]["sft, T = 0.3"]["entropy"] < report["runs"]["sft, T = 1.0"]["entropy"]
+    pairs = {(names[i], names[j]) for i, j in ((0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5))}
+    assert {(row["run"], row["over"]) for row in report["head_to_head"]} == pairs
+
+
+def test_names_that_would_collide_are_told_apart(here, make_run):
+    tokenizer = Tokenizer.load(here / "runs/sft")
+    twin = make_run(here / "best of 2", seed=8, n_positions=96, tokenizer=tokenizer)
+    main(Args(runs=(Path("best of 2"),), out=here / "collide", n=3, max_new_tokens=4, device="cpu", show=0,
+              best_of=(2,), temperature=(1.0, 1.0000001)))  # fmt: skip
+    names = [f"{name}, T = {t}" for t in ("1.0", "1.0000001") for name in ("sft", "best of 2 (2)", "best of 2")]
+    report, rows = read(here / "collide")
+    assert list(report["runs"]) == names and len(rows) == 3 * 6 and twin.is_dir()
+
+
+def test_a_prompt_that_comes_twice_counts_once(here, capsys):
+    rows = [json.loads(line) for line in (here / "prompts.jsonl").read_text().splitlines()]
+    (here / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0], rows[2]]))
+    main(Args(runs=(), baseline=Path("runs/sft"), out=here / "twice", prompts="twice.jsonl", judge="judges:brevity",
+              max_new_tokens=4, device="cpu", show=0))  # fmt: skip
+    assert read(here / "twice")[0]["prompts"] == 4
+    assert "2 of 6 prompts came again and were left out" in capsys.readouterr().out
+
+
+def test_a_reward_model_that_reads_less_than_the_policy_limits_the_prompts(here, make_run):
+    tokenizer = Tokenizer.load(here / "runs/sft")
+    make_run(here / "short-rm", scalar=True, seed=5, n_positions=24, tokenizer=tokenizer)
+    shared = {"runs": (Path("runs/ppo"),), "prompts": "prompts.jsonl", "judge": "judges:brevity", "device": "cpu"}
+    with pytest.raises(InputError, match="exceed the context of 24"):
+        main(Args(**shared, reward="short-rm", max_new_tokens=20, out=here / "never"))
+    assert not (here / "never").exists()
+
+
+def test_a_damaged_line_of_a_runs_metrics_is_named_before_anything_is_sampled(here, make_run):
+    tokenizer = Tokenizer.load(here / "runs/sft")
+    bad = make_run(here / "damaged", seed=8, n_positions=96, tokenizer=tokenizer)
+    (bad / "metrics.jsonl").write_text('{"step": 0}\n{"step": \n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"damaged/metrics.jsonl:2: not one step's metrics"):
+        main(Args(runs=(bad,), n=3, max_new_tokens=4, device="cpu", out=here / "never"))
+    assert not (here / "never").exists()
+
+
+def test_head_to_head_is_the_two_runs_own_comparison(here):
+    main(Args(out=here / "duel", n=30, judge="judges:brevity", max_new_tokens=10, device="cpu", show=0))
+    report, rows = read(here / "duel")
+    gold = {name: torch.tensor([r["gold"] for r in rows if r["run"] == name]) for name in ("sft", "ppo", "dpo")}
+    (duel,) = (row for row in report["head_to_head"] if (row["run"], row["over"]) == ("ppo", "dpo"))
+    won = wins(gold["ppo"], gold["dpo"])
+    assert duel["win_rate"] == float(won.mean()) and duel["p_value"] == sign_test(won)
+    assert duel["ties"] == pytest.approx(float((won == 0.5).float().mean()))
+    assert report["runs"]["ppo"]["p_value"] == sign_test(wins(gold["ppo"], gold["sft"]))
+
+
+def test_the_page_stands_alone_and_shows_what_was_drawn(here):
+    main(Args(out=here / "paged", n=5, max_new_tokens=10, device="cpu", show=0, page=3))
+    text = (here / "paged/report.html").read_text()
+    _, rows = read(here / "paged")
+    assert text.count('<p class="prompt">') == 3 and text.count("<small>") == 9
+    for row in rows[:9]:
+        assert html.escape(row["prompt"]) in text and html.escape(row["response"].strip()) in text
+    assert "data:image/png;base64,iVBOR" in text and "win rate, 95%" in text and "lead, 95%" in text
+    assert not re.search(r"https?://|<script|src=\"(?!data:)", text)
+    for name, row in json.loads((here / "paged/report.json").read_text())["runs"].items():
+        assert f"<td>{name}</td>" in text and f"<td>{row['length']:.1f}</td>" in text
+
+
+def test_markup_in_a_response_is_text(here, monkeypatch):
+    monkeypatch.setattr(evaluate, "respond", lambda model, tokenizer, prompts, *rest: [
+        TokenText("<b>[red]&amp;", [1, tokenizer.eot]) for _ in prompts
+    ])  # fmt: skip
+    main(Args(out=here / "marked", prompts="prompts.jsonl", judge="judges:brevity", max_new_tokens=4, device="cpu"))
+    text = (here / "marked/report.html").read_text()
+    assert "<b>[red]" not in text and "&lt;b&gt;[red]&amp;amp;" in text
 
 
 @pytest.fixture
@@ -324,6 +443,10 @@ def bad_runs(here, make_run):
         ("--judge nan:other", "nan:other: other does not exist in nan"),
         ("--n 1", "--n must be at least 2, got 1"),
         ("--temperature 0", "--temperature must be a positive number, got 0"),
+        ("--temperature 1 1", "--temperature 1.0 1.0: one is named twice"),
+        ("--best-of 1", "--best-of must be at least 2, got 1"),
+        ("--best-of 4 4", "--best-of 4 4: one is named twice"),
+        ("--human-n 0", "--human-n must be at least 1, got 0"),
         ("--max-new-tokens -3", "--max-new-tokens must be a positive number, got -3"),
         ("--out prompts.jsonl", "--out prompts.jsonl is a file; name a folder"),
         ("--device tpu9", "--device 'tpu9' is not "),

@@ -201,6 +201,23 @@ def test_two_annotators_agree_about_as_often_as_people_do():
     assert alike / pairs == pytest.approx(0.76, abs=0.015)
 
 
+def test_ranking_again_changes_the_noise_and_nothing_else():
+    rankings = helpdesk.rankings(400, seed=1)
+    again, other = helpdesk.rank_again(rankings, 1), helpdesk.rank_again(rankings, 2)
+    assert helpdesk.rank_again(rankings, 1) == again != other
+    assert [(r.prompt, r.responses) for r in again] == [(r.prompt, r.responses) for r in rankings]
+    assert sum(a.ranks == r.ranks for a, r in zip(again, rankings)) < 200  # fresh noise, not the rankings' own
+    for one, two in ((rankings, again), (again, other)):
+        pairs = [
+            (r.ranks[a] < r.ranks[b]) == (s.ranks[a] < s.ranks[b])
+            for r, s in zip(one, two)
+            for a, b in itertools.combinations(range(4), 2)
+            if r.ranks[a] != r.ranks[b] and s.ranks[a] != s.ranks[b]
+        ]
+        assert sum(pairs) / len(pairs) == pytest.approx(0.76, abs=0.03)
+    assert helpdesk.noise_ceiling(again) == pytest.approx(helpdesk.noise_ceiling(rankings), abs=0.025)
+
+
 def test_the_noise_ceiling_is_what_the_annotators_equation_says():
     # With two replies, felt(A) - felt(B) = d + logistic noise of scale T; untied where it is beyond the margin m.
     rankings = [r for r in helpdesk.rankings(3000, seed=2, k=2) if r.ranks[0] != r.ranks[1]]

@@ -27,6 +27,7 @@ from minirlhf.rewards import (
     load_reward,
     main,
     pair_accuracy,
+    reward_models,
     score,
 )
 from minirlhf.runs import cli
@@ -248,12 +249,37 @@ def test_an_error_in_the_users_function_is_theirs_to_see(here):
             "no reward is named 'runs/nothing': there is no such folder; give gold, pkg.module:function, ",
         ),
         ("hf:nothing", "hf:nothing: no such folder"),
+        ("mean:", "mean:: an ensemble has two members or more; write mean:runs/rm-1,runs/rm-2"),
+        ("worst:gold", "worst:gold: an ensemble has two members or more; write worst:runs/rm-1,runs/rm-2"),
+        ("mean:gold,", "mean:gold,: an ensemble has two members or more"),
+        ("mean:gold,runs/nothing", "no reward is named 'runs/nothing'"),
     ],
 )
 def test_a_reward_that_names_nothing(here, spec, message):
     with pytest.raises(InputError) as caught:
         load_reward(spec)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_an_ensemble_is_the_mean_or_the_lowest_of_its_members(here, make_run, tiny_reward_run):
+    other = make_run(here / "other-rm", scalar=True, seed=9)
+    prompts = [PROMPT] * len(REPLIES)
+    single = [score(load_reward(str(folder)), prompts, REPLIES) for folder in (tiny_reward_run, other)]
+    single.append(score(load_reward("my_rewards:brevity"), prompts, REPLIES))
+    members = f"{tiny_reward_run},{other},my_rewards:brevity"
+    mean, worst = load_reward(f"mean:{members}"), load_reward(f"worst:{members}")
+    torch.testing.assert_close(score(mean, prompts, REPLIES), torch.stack(single).mean(0))
+    torch.testing.assert_close(score(worst, prompts, REPLIES), torch.stack(single).amin(0))
+    assert len({int(row) for row in torch.stack(single).argmin(0)}) > 1  # not always the same member
+    assert worst.name == f"worst:{members}"
+    assert [model.name for model in reward_models(mean)] == [str(tiny_reward_run), str(other)]
+    assert reward_models(GoldJudge()) == [] and reward_models(None) == []
+
+
+def test_every_member_of_an_ensemble_must_share_the_policys_tokenizer(here, make_run, tiny_reward_run, tiny_tokenizer):
+    other = make_run(here / "other", scalar=True, tokenizer=Tokenizer.train(["something else entirely " * 3], 260))
+    with pytest.raises(InputError, match="have different tokenizers"):
+        load_reward(f"mean:{tiny_reward_run},{other}", policy_tokenizer=tiny_tokenizer, policy_folder="runs/sft")
 
 
 def test_reward_model_must_share_the_policys_tokenizer(tiny_reward_run, tiny_tokenizer):

@@ -667,6 +667,44 @@ def test_ppo_earns_more_of_a_simple_reward(data, call, tiny_run, reward):
     assert sum(rewards[-3:]) > 3 * sum(rewards[:3])
 
 
+def test_ppo_is_paid_by_an_ensemble_and_its_critic_starts_as_the_first(data, call, commands, make_run, tiny_run):
+    members = [make_run(data / f"rm-{i}", scalar=True, seed=i) for i in (1, 2)]
+    call("train_ppo", "--prompts", "prompts.jsonl", "--init", tiny_run, "--reward", f"worst:{members[0]},{members[1]}",
+         "--out", "out", "--response-tokens", 8, "--batch-size", 8, "--minibatches", 2, "--steps", 2)  # fmt: skip
+    assert len(trained(data / "out", tiny_run)) == 2
+    args = commands["train_ppo"].Args()
+    policy = commands["train_ppo"].load_run(tiny_run)[0]
+    reward = commands["train_ppo"].load_reward(f"mean:{members[0]},{members[1]}")
+    critic = commands["train_ppo"].make_critic(args, policy, reward)
+    first, second = (model.state_dict() for model in (reward.members[0].model, reward.members[1].model))
+    assert all(torch.equal(value, first[key]) for key, value in critic.state_dict().items())
+    assert any(not torch.equal(value, second[key]) for key, value in critic.state_dict().items())
+
+
+def test_what_the_critic_starts_as(commands, make_run, tiny_run, tiny_reward_run, tmp_path):
+    ppo = commands["train_ppo"]
+    policy, reward = ppo.load_run(tiny_run)[0], ppo.load_reward(str(tiny_reward_run))
+    other = make_run(tmp_path / "other", scalar=True, seed=7)
+
+    def critic(init, reward=reward, **options):
+        return ppo.make_critic(ppo.Args(init=str(tiny_run), critic_init=init, **options), policy, reward).state_dict()
+
+    expected = {"auto": reward.model, str(other): ppo.load_run(other, scalar=True)[0]}
+    for init, model in expected.items():
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in critic(init).items())
+    for found in (critic("policy"), critic("auto", ppo.GoldJudge())):
+        assert not found["score.weight"].any()
+        trunk = {key.removeprefix("trunk."): value for key, value in found.items() if key.startswith("trunk.")}
+        assert all(torch.equal(value, policy.state_dict()[key]) for key, value in trunk.items())
+    with pytest.raises(InputError, match="is for a separate critic; leave it out with --critic shared"):
+        ppo.Args(critic_init="policy", config=ppo.PPOConfig(critic="shared"))
+    short = make_run(tmp_path / "short", scalar=True, n_positions=32)
+    with pytest.raises(InputError, match="short: this critic reads 32 tokens, the policy 64"):
+        critic(str(short))
+    with pytest.raises(InputError, match="none: no such folder"):
+        critic(str(tmp_path / "none"))
+
+
 # --- the front door ---------------------------------------------------------------------------------------------------
 
 
@@ -682,7 +720,7 @@ def test_every_argument_is_explained(commands, monkeypatch, capsys, script):
     assert commands[script].Args.__doc__ in words(said)
 
 
-@pytest.mark.parametrize("name", ["generate", "rewards", "evaluate"])
+@pytest.mark.parametrize("name", ["generate", "rewards", "evaluate", "best_of_n", "reward_report", "plot"])
 def test_a_module_says_how_it_is_called(tmp_path, name):
     command = [sys.executable, "-m", f"minirlhf.{name}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
