@@ -5,7 +5,8 @@
     python benchmarks/vs_peers.py --only dpo gpt2 --json results.json
     python benchmarks/vs_peers.py --only pretrain --nanogpt ../nanoGPT --text tinyshakespeare.txt
 
-TRL has no PPO for language models any more. The last release with one is 1.10.0, in `trl.experimental`, and it wants an
+TRL has no PPO for language models any more. Measured is that of 1.10.0, in `trl.experimental`, which is that of 1.12.0,
+the last release with one, but for a comment; it wants an
 environment of its own: `python -m venv trl110 && trl110/bin/pip install trl==1.10.0`, then
 `--ppo-peer-python trl110/bin/python`. A peer that is not there is left out, and the table says why.
 
@@ -52,7 +53,7 @@ from minirlhf.runs import check_at_least, cli, write_text
 CaseName = Literal["sampling", "ppo", "dpo", "rm", "sft", "pretrain", "gpt2"]
 HERE = Path(__file__).resolve().parent
 BENCH = "pip install 'minirlhf[bench]'"
-PPO_BENCH = "PPOTrainer is in trl 1.10.0 only: pip install trl==1.10.0 into a Python of its own, --ppo-peer-python"
+PPO_BENCH = "PPOTrainer is in trl up to 1.12 only: pip install trl==1.10.0 into a Python of its own, --ppo-peer-python"
 NANOGPT = "git clone https://github.com/karpathy/nanoGPT, --nanogpt DIR"
 SMALL = GPTConfig(vocab_size=1024, n_positions=128, n_layer=4, n_head=4, n_embd=128)
 GPT2 = GPTConfig(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768)
