@@ -30,3 +30,25 @@ def test_snippets_print_what_the_page_says(page):
 
 def test_the_lessons_are_there():
     assert "lessons.md" in PAGES
+
+
+ROOT = DOCS.parent
+LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]+)?\)|\]\((#[^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *(f"docs/{page.name}" for page in DOCS.glob("*.md"))])
+def test_links_within_the_project_lead_somewhere(page):
+    """Files are there, and so are the headings that a link names."""
+    text = (ROOT / page).read_text()
+    for path, anchor, own in LINK.findall(text):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), f"{page} links to {path}"
+        if (anchor or own) and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert (anchor or own)[1:] in slugs, f"{page} links to {path}{anchor or own}"
+
+
+def test_every_page_of_docs_is_reached_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [page.name for page in DOCS.glob("*.md") if f"docs/{page.name}" not in text] == []
