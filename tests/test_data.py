@@ -234,11 +234,19 @@ def _refused(path: Path, words: str) -> None:
         ("data.txt", b" \n", "holds no records; give a file"),
         ("data.txt", b"caf\xe9", "not valid UTF-8 (byte 0xe9 at column 4); save the file as UTF-8"),
         ("data.jsonl.gz", b"", "holds no records; give a file"),
-        ("data.jsonl.gz", gzip.compress(b""), "holds no records; give a file"),
+        ("data.jsonl.gz", gzip.compress(b"", mtime=0), "holds no records; give a file"),
         ("data.jsonl.gz", GOOD.encode(), "gzip data is cut off or corrupt; copy or compress"),
-        ("data.jsonl.gz", gzip.compress(GOOD.encode()) + b"more", "gzip data is cut off or corrupt; copy or compress"),
-        ("data.jsonl", gzip.compress(GOOD.encode()), "holds binary bytes; give UTF-8 text, and name a compressed file"),
-        ("data.jsonl.gz", gzip.compress(b"\0\1"), "holds binary bytes; give UTF-8 text"),
+        (
+            "data.jsonl.gz",
+            gzip.compress(GOOD.encode(), mtime=0) + b"more",
+            "gzip data is cut off or corrupt; copy or compress",
+        ),
+        (
+            "data.jsonl",
+            gzip.compress(GOOD.encode(), mtime=0),
+            "holds binary bytes; give UTF-8 text, and name a compressed file",
+        ),
+        ("data.jsonl.gz", gzip.compress(b"\0\1", mtime=0), "holds binary bytes; give UTF-8 text"),
     ],
 )
 def test_a_bad_file_is_named_with_its_cure(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
