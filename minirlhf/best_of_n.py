@@ -47,7 +47,8 @@ def logratio(best: Float[Tensor, " B"], others: Float[Tensor, "B M"], n: int) ->
         π_n(y)/π(y) = (F(s)^n - F⁻(s)^n) / (F(s) - F⁻(s)),    s = r(x, y),  F(s) = P(r ≤ s),  F⁻(s) = P(r < s)
 
     where r is the score of a response drawn from the policy. Where no other response has this score it is n F(s)^{n-1}.
-    F and F⁻ are shares of `others`; if all of these score higher, F is taken as that of half a response.
+    F is (k + 1/2)/(M + 1/2) if k of the M `others` score no higher: the logarithm of the plain share would be low by
+    1/2M on average, whatever n.
 
     Source: Beirami et al. 2024, lemma 1. Differs: written with the scores' distribution, which samples can estimate.
 
@@ -57,9 +58,9 @@ def logratio(best: Float[Tensor, " B"], others: Float[Tensor, "B M"], n: int) ->
         n: out of how many each was chosen.
     """
     M = others.shape[1]
-    below = (others < best[:, None]).double().mean(-1)  # (B,) F⁻
-    upto = (others <= best[:, None]).double().mean(-1)  # F
-    mass, upto = upto - below, upto.clamp(min=0.5 / M)
+    upto = ((others <= best[:, None]).double().sum(-1) + 0.5) / (M + 0.5)  # (B,) F
+    mass = (others == best[:, None]).double().sum(-1) / (M + 0.5)
+    below = upto - mass  # F⁻
     tied = (upto**n - below**n) / mass.clamp(min=1e-300)
     ratio = torch.where(mass > 0, tied, n * upto ** (n - 1))
     return ratio.log().float()

@@ -24,6 +24,7 @@ from minirlhf.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_sft", "train_rm", "train_ppo", "train_dpo")
 COMMANDS = (*SCRIPTS, "generate", "rewards", "evaluate", "best_of_n", "reward_report")
+WITHOUT_POLICY = ("rewards", "reward_report")
 GOOD = {
     "demonstrations": [
         {"prompt": f"Customer: My lamp {i} is broken!\nAgent:", "response": f" Send photo {i}."} for i in range(8)
@@ -265,7 +266,7 @@ def test_a_reward_model_of_a_shorter_context_is_named(here, run, refused, make_r
     code, out, err = run("train_ppo", *reading("train_ppo", "pairs.jsonl", reward="enough"))
     assert code == 0, out + err
     line = refused("evaluate", *reading("evaluate", "pairs.jsonl", reward="short"))
-    assert "the reward model short reads 16; shorten" in line
+    assert "exceed the context of 16; shorten one of them" in line
 
 
 def test_one_prompt_longer_than_the_context_is_an_error(refused):
@@ -334,7 +335,7 @@ def test_a_damaged_run_is_refused_as_input(here, refused, damage, tiny_run, tiny
     shutil.copytree(tiny_run, "bad")
     do(here / "bad")
     for command in COMMANDS:
-        if command not in ("rewards", "reward_report"):
+        if command not in WITHOUT_POLICY:
             line = refused(command, *reading(command, good_file(command), policy="bad"))
             assert line.startswith("error: bad")
             assert what in line
@@ -348,7 +349,7 @@ def test_a_damaged_run_is_refused_as_input(here, refused, damage, tiny_run, tiny
 
 def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(refused):
     for command in COMMANDS:
-        if command not in ("rewards", "reward_report"):
+        if command not in WITHOUT_POLICY:
             line = refused(command, *reading(command, good_file(command), policy="rm"))
             assert "rm: a reward model, not a language model; name a run of" in line
     for command in ("train_ppo", "rewards", "evaluate"):
@@ -385,7 +386,7 @@ def test_a_name_of_the_hub_without_a_network(here, refused, monkeypatch, offline
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     for command in COMMANDS:
-        for name in ("gpt2", "somebody/gpt2") if command != "rewards" else ():
+        for name in ("gpt2", "somebody/gpt2") if command not in WITHOUT_POLICY else ():
             assert refused(command, *reading(command, good_file(command), policy=name)) == (
                 f"error: {name}: no such folder, and the hub cannot be reached, nor is all of it in its cache; connect "
                 "to the network, or give a local folder\n"
@@ -448,7 +449,7 @@ def test_a_pickle_is_refused_and_never_loaded(here, refused, trap, name, protoco
         pickled(trap, here / folder / name, protocol)
     for command in COMMANDS:
         line = refused(command, *reading(command, good_file(command)))
-        assert f"{'rm' if command == 'rewards' else 'sft'}/{name}: " in line
+        assert f"{'rm' if command in WITHOUT_POLICY else 'sft'}/{name}: " in line
         if name != "model.safetensors" or protocol != 0:  # of the oldest kind nobody can tell that it is a pickle
             assert "pickle" in line
             assert "refused (loading one can run any code); convert it to" in line

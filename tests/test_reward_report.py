@@ -432,7 +432,8 @@ def test_every_number_of_a_pair_again_from_pairs_csv(here):
             for t in (0.97 * best, best, 1.03 * best):
                 losses[t] = sum(math.log1p(math.exp(-d / t)) for d in lead) / len(lead)
             assert min(losses, key=losses.get) == best and losses[best] == pytest.approx(calibration["best_nll"])
-            assert calibration["best_temperature"]["low"] <= best <= calibration["best_temperature"]["high"]
+            assert calibration["best_temperature"]["low"] <= best
+            assert best <= (calibration["best_temperature"]["high"] or math.inf)  # null where no T is too high
 
         words = [len(row["chosen"].split()) - len(row["rejected"].split()) for row in rows]
         longer = [h if w > 0 else 1 - h for h, w in zip(hits, words) if w]
