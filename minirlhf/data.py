@@ -540,16 +540,31 @@ def collate(examples: Sequence[Example], fill: int) -> Batch:
     return Batch(tokens, mask, mask & (position >= torch.tensor([example.start for example in examples])[:, None]))
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for a GPU: it fetches the copy from pinned memory in its own time.
+
+    Elsewhere, and for a tensor that is there, this is `x.to(device)`.
+    """
+    if device.type != "cuda" or x.device.type != "cpu" or not x.numel():
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class Packed(NamedTuple):
     """Sequences that begin alike, several in a row: what they share stands there, and is computed, once."""
 
     tokens: Int[Tensor, "B T"]
     positions: Int[Tensor, "B T"]  # of each token in its own sequence
-    attend: Bool[Tensor, "B 1 T T"]  # True where a token (third axis) may look (fourth): back along its own sequence
+    parts: Int[Tensor, "B T"]  # 0 = the common beginning, k = the rest of the row's k-th sequence, -1 = padding
     ends: Int[Tensor, " N"]  # where the sequences' last tokens stand in the flattened (B·T)
     predictors: Int[Tensor, " M"]  # where the token before each response token stands there, sequence after sequence
     targets: Int[Tensor, " M"]  # the response tokens themselves
     owners: Int[Tensor, " M"]  # which of the N sequences each belongs to
+
+    @property
+    def attend(self) -> Bool[Tensor, "B 1 T T"]:
+        """True where a token (third axis) may look (fourth): back along its own sequence."""
+        return may_look(self.parts)
 
     @property
     def lengths(self) -> Int[Tensor, " N"]:
@@ -594,11 +609,19 @@ def pack(groups: Sequence[Sequence[Example]], fill: int) -> Packed:
         rows.append((tokens, positions, part))
     width = max(len(tokens) for tokens, _, _ in rows)
     padded = [[*values, *[blank] * (width - len(values))] for row in rows for values, blank in zip(row, (fill, 0, -1))]
-    tokens, positions, part = torch.from_numpy(np.array(padded, np.int64)).view(len(rows), 3, width).unbind(1)  # (B, T)
-    looks = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])  # (B, T, T)
+    columns = torch.from_numpy(np.array(padded, np.int64)).view(len(rows), 3, width)
+    tokens, positions, parts = columns.unbind(1)  # each (B, T)
     ends = torch.tensor([b * width + t for b, t in ends])
     of_row, before, targets, owners = torch.from_numpy(np.array([of_row, before, targets, owners], np.int64))
-    return Packed(tokens, positions, looks.tril()[:, None], ends, of_row * width + before, targets, owners)
+    return Packed(tokens, positions, parts, ends, of_row * width + before, targets, owners)
+
+
+def may_look(parts: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """True where a token (third axis) may look (fourth) in packed rows: back along its own sequence.
+
+    Padding sees itself, or softmax would be NaN.
+    """
+    return ((parts[:, None, :] == 0) | (parts[:, None, :] == parts[:, :, None])).tril()[:, None]
 
 
 def packed_length(group: Sequence[Example]) -> int:

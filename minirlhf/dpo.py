@@ -29,9 +29,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf import InputError, fits
-from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack, packed_length
-from minirlhf.model import GPT, adamw, packed_logps
-from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
+from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack, packed_length, upload
+from minirlhf.model import GPT, adamw, packed_layout, packed_logps
+from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, read, set_lr
 from minirlhf.tokenizer import Tokenizer
 
 Loss = Literal["sigmoid", "ipo", "hinge"]
@@ -150,10 +150,9 @@ def chosen_nll(chosen_logps: Float[Tensor, " B"], lengths: Int[Tensor, " B"]) ->
 
 def response_logps(model: GPT, packed: Packed, average: bool = False, kernel: str = "auto") -> Float[Tensor, " N"]:
     """log π(y|x) of N packed responses, in nats; with `average`, nats a token."""
-    tokens, positions, attend, at = (part.to(model.wte.weight.device) for part in (*packed[:3], packed.predictors))
-    states = model(tokens, positions=positions, attend=attend, at=at)  # (M, D)
+    states = model(**packed_layout(model, packed), at=packed.predictors)  # (M, D)
     total = packed_logps(model, states, packed, kernel=kernel)
-    return total / packed.lengths.to(total.device) if average else total
+    return total / upload(packed.lengths, total.device) if average else total
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -247,17 +246,17 @@ def pair_metrics(
     """What is minimised of each pair, and what people look at: its parts, rewards β·logratio, margins, accuracy."""
     device = model.wte.weight.device
     logps = response_logps(model, batch.packed, config.average, kernel)  # (N,)
-    ref_logps = data.ref_logps[batch.index].to(device)
+    ref_logps = upload(data.ref_logps[batch.index], device)
     # index_select adds up the gradients of a response's pairs in one order, always.
-    pick = [places.to(device) for places in (batch.chosen, batch.rejected)]
+    pick = [upload(places, device) for places in (batch.chosen, batch.rejected)]
     chosen, rejected = (logps.index_select(0, places) for places in pick)  # (P,)
     ref_chosen, ref_rejected = (ref_logps[places] for places in pick)
     losses = preference_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta, config.loss, config.smoothing)
     lengths = torch.ones_like(batch.packed.ends) if config.average else batch.packed.lengths
-    nll = chosen_nll(chosen, lengths[batch.chosen].to(device))
+    nll = chosen_nll(chosen, upload(lengths[batch.chosen], device))
     chosen_reward, rejected_reward = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
     margin = (chosen_reward - rejected_reward).detach()
-    return losses + config.sft_coef * batch.best.to(device) * nll, {
+    return losses + config.sft_coef * upload(batch.best, device) * nll, {
         "loss": losses.detach(),
         "chosen_nll": nll.detach(),
         "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
@@ -320,20 +319,21 @@ def train(
         set_lr(optimizer, lr)
         chosen = [place[i] for i in drawn(step)]
         pairs = sum(len(records[i].pairs) for i in chosen)
-        metrics = {}
+        totals: dict[str, Tensor] = {}
         for index in by_length([records[i] for i in chosen], size):
             batch = collate_records(data, [chosen[i] for i in index], tokenizer.eot)
             with autocast(device, dtype):
                 losses, seen_now = pair_metrics(model, data, batch, config, kernel)
             (losses.sum() / pairs).backward()
             for name, values in seen_now.items():
-                metrics[name] = metrics.get(name, 0.0) + values.sum().item() / pairs
+                totals[name] = totals.get(name, 0.0) + values.sum().double() / pairs
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        run.require_finite(step, loss=metrics["loss"], gradient=grad_norm)
+        metrics = read({**totals, "grad_norm": grad_norm})
+        run.require_finite(step, loss=metrics["loss"], gradient=metrics["grad_norm"])
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics |= {"grad_norm": float(grad_norm), "lr": lr}
+        metrics["lr"] = lr
         if rest and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             with autocast(device, dtype):
                 metrics |= held_out_metrics(model, rest_data, config, tokenizer.eot, size, kernel)
@@ -366,5 +366,5 @@ def held_out_metrics(
         with torch.no_grad():
             _, seen = pair_metrics(model, data, collate_records(data, index, fill), config, kernel)
         for name in totals:
-            totals[name] += seen[name].sum().item() / pairs
-    return {f"held_out_{name}": value for name, value in totals.items()}
+            totals[name] = totals[name] + seen[name].sum().double() / pairs
+    return {f"held_out_{name}": value for name, value in read(totals).items()}

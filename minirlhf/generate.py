@@ -40,6 +40,7 @@ class Generation(NamedTuple):
     logprobs: Float[Tensor, "B R"]  # of the token drawn, under the temperature and nothing else; 0 at padding
     truncated: Bool[Tensor, " B"]  # True where the limit came before end-of-text, or before what `watch` waits for
     entropy: Float[Tensor, "B R"] | None = None  # of the distribution that logprobs are of; 0 at padding
+    lengths: Sequence[int] = ()  # of the responses, the end-of-text that was drawn included: known without a GPU
 
 
 @torch.no_grad()
@@ -163,9 +164,10 @@ def generate(
             "the model's logits are not numbers (NaN): its weights are damaged, or its training diverged; use an "
             "earlier checkpoint or another model"
         )
-    R = int(mask.sum(-1).max())
+    lengths = mask.sum(-1).tolist()
+    R = max(lengths)
     responses, *numbers = (torch.where(mask, table, fill)[:, :R] for table, fill in zip(tables, (eot, 0.0, 0.0)))
-    return Generation(responses, mask[:, :R], numbers[0], cut_off, numbers[1] if entropy else None)
+    return Generation(responses, mask[:, :R], numbers[0], cut_off, numbers[1] if entropy else None, lengths)
 
 
 def _close_ranks(going: Sequence[bool]) -> list[int]:

@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf import InputError
-from minirlhf.data import Packed
+from minirlhf import InputError, flex
+from minirlhf.data import Packed, may_look, upload
 from minirlhf.token_stats import TokenStats, _use_fused, linear_token_stats
 
 
@@ -58,7 +59,10 @@ class GPTConfig:
 
 
 def attention(
-    qkv: Float[Tensor, "B T E"], n_head: int, attend: Bool[Tensor, "B 1 T T"] | None = None, kernel: str = "auto"
+    qkv: Float[Tensor, "B T E"],
+    n_head: int,
+    attend: Bool[Tensor, "B 1 T T"] | BlockMask | None = None,
+    kernel: str = "auto",
 ) -> Float[Tensor, "B T D"]:
     """softmax(q kᵀ / √d) v in each head: each token mixes the values of those it looks at.
 
@@ -67,8 +71,8 @@ def attention(
     Args:
         qkv: (B, T, E = 3D), queries, keys and values, in each of them head after head.
         n_head: heads; each has d = D / n_head of a token's D numbers.
-        attend: (B, 1, T, T), True where a token (third axis) looks at one (fourth), and somewhere for each. None =
-            every token at itself and back.
+        attend: (B, 1, T, T), True where a token (third axis) looks at one (fourth), and somewhere for each; or the same
+            as `packed_layout` gives it on a GPU. None = every token at itself and back.
         kernel: as for `token_stats`; the fused one is for a CPU, see `_fused_here`.
     """
     B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
@@ -81,7 +85,10 @@ def attention(
         with torch.autocast("cpu", enabled=False):  # which would turn it back
             return attention(qkv.float(), n_head, attend, "reference").to(qkv.dtype)
     q, k, v = qkv.view(B, T, 3, n_head, D // n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, d)
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None)
+    if attend is None or isinstance(attend, Tensor):
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=attend is None)
+    else:
+        mixed = flex.attention(q, k, v, attend)
     return mixed.transpose(1, 2).reshape(B, T, D)
 
 
@@ -154,7 +161,7 @@ class GPT(nn.Module):
         mask: Bool[Tensor, "B T"] | None = None,
         *,
         positions: Int[Tensor, "B T"] | None = None,
-        attend: Bool[Tensor, "B 1 T T"] | None = None,
+        attend: Bool[Tensor, "B 1 T T"] | BlockMask | None = None,
         at: Int[Tensor, " N"] | None = None,
     ) -> Float[Tensor, "B T D"] | Float[Tensor, "N D"]:
         """Hidden states after the final norm.
@@ -166,9 +173,10 @@ class GPT(nn.Module):
             tokens: (B, T) ids.
             mask: (B, T), True = a real token. None = all are real, or padding stands on the right only: causal
                 attention cannot see what follows, so right padding needs no mask (and costs less without).
-            positions, attend: both or neither, in place of a mask: rows laid out by `data.pack`.
+            positions, attend: both or neither, in place of a mask: see `packed_layout`.
             at: places in the flattened (B·T) whose states are wanted; None = all. The last block's second half, which
-                no other position reads, runs on these alone.
+                no other position reads, runs on these alone. They may lie on the CPU, where they are known, while the
+                tokens lie on a GPU.
 
         Returns:
             (B, T, D), or with `at` (N, D).
@@ -177,6 +185,7 @@ class GPT(nn.Module):
             ValueError: more tokens than positions.
         """
         T = tokens.shape[1]
+        at = None if at is None else upload(at, tokens.device)
         if positions is None and mask is not None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
             attend = _attention_mask(mask)
@@ -234,7 +243,7 @@ class ScalarModel(nn.Module):
 
 def last_token(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
     """The value at each row's last real token: (B, T) -> (B,)."""
-    return values.flatten().index_select(0, last_places(mask))
+    return values.flatten().index_select(0, upload(last_places(mask), values.device))
 
 
 def last_places(mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
@@ -278,7 +287,7 @@ def response_stats(
         model: the policy.
         tokens: (B, T) prompts with their responses.
         counted: (B, T), True where the token's own statistics are wanted; the first token of a row never counts,
-            since nothing predicts it.
+            since nothing predicts it. Best on the CPU, where it is made: a GPU would be waited for to find its places.
         ref_model: the reference, read without gradient.
         mask: (B, T), True = a real token; None when padding stands on the right only.
         temperature: divides the logits of both.
@@ -287,9 +296,10 @@ def response_stats(
     Returns:
         `TokenStats` of shape (N,), N = counted tokens, row after row; `scatter_counted` puts them back in place.
     """
-    predicts, targets = counted[:, 1:], tokens[:, 1:][counted[:, 1:]]  # (B, T-1), (N,)
+    predicts = counted[:, 1:]  # (B, T-1)
     before = tokens[:, :-1]
-    at = places(predicts)  # (N,)
+    at = upload(places(predicts), tokens.device)  # (N,)
+    targets = tokens[:, 1:].flatten().index_select(0, at)  # (N,)
     real = None if mask is None else mask[:, :-1]
     ref = (None, None)
     if ref_model is not None:
@@ -302,6 +312,27 @@ def response_stats(
     )  # fmt: skip
 
 
+def packed_layout(model: GPT, packed: Packed) -> dict[str, Tensor | BlockMask]:
+    """Packed rows as `GPT.forward` takes them, on the model's device.
+
+    Who may look at whom is a dense mask; on a GPU, where rows are long and the kernel is not the reference, the blocks
+    of `minirlhf.flex`.
+    """
+    device, (B, T), H = model.wte.weight.device, packed.parts.shape, model.config.n_head
+    parts = upload(packed.parts, device)
+
+    def trial() -> None:
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.wte.weight.dtype
+        qkv = torch.zeros(B, T, 3 * model.config.n_embd, dtype=dtype, device=device, requires_grad=True)
+        with torch.enable_grad():
+            attention(qkv, H, flex.blocks_of(parts), "reference").sum().backward()
+
+    layout = {"tokens": upload(packed.tokens, device), "positions": upload(packed.positions, device)}
+    wanted = device.type == "cuda" and model.h[0].kernel != "reference"
+    in_blocks = wanted and flex.usable(T, model.config.n_embd // H, trial)
+    return {**layout, "attend": flex.blocks_of(parts) if in_blocks else may_look(parts)}
+
+
 def packed_logps(model: GPT, states: Float[Tensor, "M D"], packed: Packed, kernel: str = "auto") -> Float[Tensor, " N"]:
     """log π(y|x) = Σ_t log π(y_t|x, y_<t) of packed responses, in nats; 0 of those without predictors.
 
@@ -311,7 +342,7 @@ def packed_logps(model: GPT, states: Float[Tensor, "M D"], packed: Packed, kerne
         packed: N responses, see `data.pack`.
         kernel: which `token_stats`.
     """
-    targets, owners = packed.targets.to(states.device), packed.owners.to(states.device)
+    targets, owners = upload(packed.targets, states.device), upload(packed.owners, states.device)
     vocab_size = model.config.vocab_size
     logprobs = linear_token_stats(states, model.wte.weight, targets, vocab_size=vocab_size, kernel=kernel).logprobs
     return logprobs.new_zeros(len(packed.ends)).index_add(0, owners, logprobs)
@@ -319,7 +350,7 @@ def packed_logps(model: GPT, states: Float[Tensor, "M D"], packed: Packed, kerne
 
 def scatter_counted(values: Float[Tensor, " N"], counted: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
     """(N,) values of the counted tokens back into (B, T), 0 elsewhere."""
-    return values.new_zeros(counted.shape).masked_scatter(counted, values)
+    return values.new_zeros(counted.shape).masked_scatter(upload(counted, values.device), values)
 
 
 def init_weights(model: GPT | ScalarModel, seed: int) -> None:

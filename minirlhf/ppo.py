@@ -22,9 +22,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf import InputError
+from minirlhf.data import upload
 from minirlhf.explain import Explained, show_explained, token_text
 from minirlhf.generate import Sampling, generate
-from minirlhf.model import GPT, ScalarModel, adamw, places, response_stats, scatter_counted
+from minirlhf.model import GPT, ScalarModel, adamw, places, response_stats
 from minirlhf.rewards import Reward, TokenText, score
 from minirlhf.runs import (
     Run,
@@ -35,6 +36,7 @@ from minirlhf.runs import (
     console,
     cosine_lr,
     mix,
+    read,
     seeded,
     set_lr,
     side_by_side,
@@ -305,15 +307,20 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, batch_size: int, hor
     return kl_coef * (1.0 + error * batch_size / horizon)
 
 
-def explained_variance(values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> float:
-    """1 - Var(return - V)/Var(return) over the tokens that count.
+def masked_variance(x: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, ""]:
+    """Mean squared distance from the mean, over the tokens that count."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+def explained_variance(
+    values: Float[Tensor, "B R"], returns: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"]
+) -> Float[Tensor, ""]:
+    """1 - Var(return - V)/Var(return) over the tokens that count; NaN where these are fewer than two.
 
     1 = the critic knows; 0 = it may as well be constant.
     """
-    errors, targets = (returns - values)[mask], returns[mask]
-    if len(targets) < 2:
-        return math.nan
-    return float(1 - errors.var() / targets.var().clamp(min=1e-8))
+    share = masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
+    return torch.where(mask.sum() > 1, 1 - share, math.nan)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -323,11 +330,25 @@ class Rollout(NamedTuple):
     """Responses and everything that is known of them before the first update."""
 
     tokens: Int[Tensor, "B T"]  # prompt and response, right-padded
-    counted: Bool[Tensor, "B T"]  # True at the response's tokens in `tokens`
+    counted: Bool[Tensor, "B T"]  # True at the response's tokens in `tokens`; on the CPU, which knows the lengths
     responses: Int[Tensor, "B R"]
     mask: Bool[Tensor, "B R"]
     old_logprobs: Float[Tensor, "B R"]  # the log-probs the tokens were drawn with
-    truncated: Bool[Tensor, " B"]
+    truncated: Bool[Tensor, " B"]  # on the CPU
+
+    def drawn(self) -> list[list[int]]:
+        """The token ids of each response."""
+        rows = zip(self.tokens.tolist(), self.counted)
+        return [[token for token, counts in zip(row, own.tolist()) if counts] for row, own in rows]
+
+    def places(self, rows: Int[Tensor, " b"]) -> Int[Tensor, " N"]:
+        """Where the counted tokens of some rows stand in a flattened (B·R) table, row after row.
+
+        Found on the CPU, since a GPU would have to be waited for.
+        """
+        columns = torch.arange(self.mask.shape[1])
+        inside = columns < self.counted[rows].sum(-1, keepdim=True)  # (b, R); responses begin in the first column
+        return upload((rows[:, None] * len(columns) + columns)[inside], self.mask.device)
 
 
 def rollout(
@@ -344,27 +365,31 @@ def rollout(
     """Draw responses and lay them out for training: token in, token out, nothing is tokenised again."""
     sampling = Sampling(temperature)
     drawn = generate(policy, prompts, eot, limits, seed, sampling, kernel, dtype=dtype, compile=compile)
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=drawn.mask.device)[:, None]  # (B, 1)
-    ends = starts + drawn.mask.sum(-1, keepdim=True)
+    starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]  # (B, 1)
+    ends = starts + torch.tensor(drawn.lengths)[:, None]
     T = int(ends.max())
-    position = torch.arange(T, device=drawn.mask.device)
+    position = torch.arange(T)
     counted = (position >= starts) & (position < ends)  # (B, T)
-    tokens = torch.tensor([[*prompt, *[eot] * (T - len(prompt))] for prompt in prompts], device=counted.device)
-    tokens = tokens.masked_scatter(counted, drawn.responses[drawn.mask])
-    return Rollout(tokens, counted, drawn.responses, drawn.mask, drawn.logprobs, drawn.truncated)
+    rows = zip(prompts, drawn.responses.tolist(), drawn.lengths)
+    episodes = [[*prompt, *response[:length]] for prompt, response, length in rows]
+    tokens = torch.tensor([[*episode, *[eot] * (T - len(episode))] for episode in episodes])
+    device = drawn.mask.device
+    return Rollout(
+        upload(tokens, device), counted, drawn.responses, drawn.mask, drawn.logprobs, drawn.truncated.cpu()
+    )  # fmt: skip
 
 
 def microbatches(counted: Bool[Tensor, "B T"], rows: Int[Tensor, " b"], size: int) -> Sequence[Int[Tensor, " ..."]]:
     """Some rows of a rollout in pieces of at most `size` (0 = all in one), short ones together."""
-    ends = (counted[rows] * torch.arange(1, counted.shape[1] + 1, device=counted.device)).amax(-1)  # (b,)
+    ends = (counted[rows] * torch.arange(1, counted.shape[1] + 1)).amax(-1)  # (b,)
     return rows[ends.argsort(stable=True)].split(size or len(rows))
 
 
 def cut_to(episodes: Rollout, rows: Int[Tensor, " b"]) -> tuple[Int[Tensor, "b T"], Bool[Tensor, "b T"]]:
-    """Tokens of some rows, and which of them count, without the padding that all of them share."""
+    """Tokens of some rows, and which of them count (on the CPU), without the padding that all of them share."""
     counted = episodes.counted[rows]
     width = int(counted.any(0).nonzero().max()) + 1
-    return episodes.tokens[rows, :width], counted[:, :width]
+    return episodes.tokens.index_select(0, upload(rows, episodes.tokens.device))[:, :width], counted[:, :width]
 
 
 def token_values(critic: ScalarModel, tokens: Int[Tensor, "B T"], counted: Bool[Tensor, "B T"]) -> Float[Tensor, " N"]:
@@ -388,13 +413,13 @@ def stats_and_values(
     if policy is None or critic is None or critic.trunk is not policy:
         stats = policy and response_stats(policy, tokens, counted, ref, temperature=temperature, kernel=kernel)
         return stats, critic and token_values(critic, tokens, counted)
-    at = places(counted[:, 1:])
+    at = upload(places(counted[:, 1:]), tokens.device)
     hidden = policy(tokens[:, :-1], at=at)  # (N, D)
     reference = (None, None)
     if ref is not None:
         with torch.no_grad():
             reference = ref(tokens[:, :-1], at=at), ref.wte.weight.detach()
-    targets = tokens[:, 1:][counted[:, 1:]]
+    targets = tokens[:, 1:].flatten().index_select(0, at)
     stats = linear_token_stats(
         hidden, policy.wte.weight, targets, *reference,
         vocab_size=policy.config.vocab_size, temperature=temperature, kernel=kernel,
@@ -440,11 +465,11 @@ def appraise(
     """
     mask, device = episodes.mask, episodes.mask.device
     known = episodes.old_logprobs.new_zeros(5, *mask.shape)
-    for piece in microbatches(episodes.counted, torch.arange(len(mask), device=device), config.microbatch_size):
+    for piece in microbatches(episodes.counted, torch.arange(len(mask)), config.microbatch_size):
         with torch.no_grad(), autocast(device, dtype):
             stats, values = stats_and_values(policy, critic, *cut_to(episodes, piece), ref, config.temperature, kernel)
         for table, column in zip(known, (stats.logprobs, stats.ref_logprobs, stats.kl, stats.entropy, values)):
-            table[piece] = scatter_counted(column.to(table.dtype), mask[piece])
+            table.view(-1).index_copy_(0, episodes.places(piece), column.to(table.dtype))
     logprobs, ref_logprobs, exact_kl, entropy, values = known  # each (B, R)
 
     # 3. Rewards: KL(π‖π_ref) a token, the score at the last one.
@@ -486,20 +511,20 @@ def token_losses(
         ref: π_ref, read only where the KL is paid for in the loss.
         episodes: the rollout.
         experience: what `appraise` made of it, before the first update.
-        rows: (b,), which responses.
+        rows: (b,), which responses; on the CPU.
         config: clips, estimator and place of the KL.
         dtype, kernel: as for `train`.
 
     Returns:
         `Losses` of (N,), N = counted tokens, row after row.
     """
-    counts = episodes.mask[rows]  # (b, R); the flat (N,) tensors below list its True entries row by row
+    at = episodes.places(rows)  # (N,): the flat tensors below list the counted tokens row by row
     old_logprobs, advantages, old_values, returns = (
-        table[rows][counts]
+        table.flatten().index_select(0, at)
         for table in (episodes.old_logprobs, experience.advantages, experience.values, experience.returns)
     )
     reference = ref if config.kl_in != "reward" else None
-    with autocast(counts.device, dtype):
+    with autocast(at.device, dtype):
         now, values = stats_and_values(policy, critic, *cut_to(episodes, rows), reference, config.temperature, kernel)
     terms = Losses(*[torch.zeros_like(old_logprobs)] * len(Losses._fields))
     if values is not None:
@@ -542,7 +567,7 @@ def add_gradients(
     Returns:
         Means over the tokens of policy loss, value loss, ratios beyond ε and KL(π_old‖π); and the largest ratio.
     """
-    n = episodes.mask[rows].sum()
+    n = int(episodes.counted[rows].sum())
     found = episodes.old_logprobs.new_zeros(4)  # sums stay on the device until the step
     largest = found.new_zeros(())
     for piece in microbatches(episodes.counted, rows, config.microbatch_size):
@@ -582,9 +607,9 @@ def take_apart(
     prompt's tokens come first; they do not count and have no numbers.
     """
     mask, ratio = episodes.mask, torch.ones_like(episodes.old_logprobs)
-    for piece in microbatches(episodes.counted, torch.tensor(rows, device=mask.device), config.microbatch_size):
+    for piece in microbatches(episodes.counted, torch.tensor(rows), config.microbatch_size):
         terms = token_losses(policy, critic, ref, episodes, experience, piece, config, dtype, kernel)
-        ratio[piece] = scatter_counted(terms.logratio.exp(), mask[piece])
+        ratio.view(-1).index_copy_(0, episodes.places(piece), terms.logratio.exp())
     known = {
         "logprob": episodes.old_logprobs, "ref_logprob": experience.ref_logprobs, "kl": experience.kl,
         "reward": experience.rewards, "value": experience.values, "advantage": experience.advantages,
@@ -679,26 +704,25 @@ def train(
 
         # 2. Score: the reward reads the tokens that were drawn, or their text.
         asked = [TokenText(tokenizer.decode(p), p) for p in prompts]
-        rows = [row.tolist() for row in episodes.responses[mask].cpu().split(mask.sum(-1).tolist())]
-        answered = [TokenText(tokenizer.decode(row), row) for row in rows]
-        scores = score(reward, asked, answered).to(device)  # (B,)
-        shaped_scores = shape_scores(scores, episodes.truncated, state, config)
+        answered = [TokenText(tokenizer.decode(row), row) for row in episodes.drawn()]
+        scores = score(reward, asked, answered)  # (B,), on the CPU
+        shaped_scores = upload(shape_scores(scores, episodes.truncated, state, config), device)
 
         # 3. and 4. Rewards and advantages, token by token.
         experience = appraise(policy, critic, ref, episodes, shaped_scores, state["kl_coef"], config, dtype, kernel)
-        drift = float((experience.logprobs - episodes.old_logprobs).abs().max())
+        drift = (experience.logprobs - episodes.old_logprobs).abs().max()
         if step == start:
-            check_ratio(drift, NOISE_FLOOR[dtype])
+            check_ratio(float(drift), NOISE_FLOOR[dtype])
         rollout_seconds = time.perf_counter() - began
 
         # 5. Updates: several passes over the rollout in minibatches.
         began = time.perf_counter()
         sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "old_kl", "grad_norm"), 0.0)
-        ratio_max = episodes.old_logprobs.new_zeros(())
+        ratio_max = 0.0
         updates, looks, stopped = 0, 0, False
         with side_by_side(device.type == "cpu" and not shared) as both:
             for epoch in range(config.epochs):
-                order = torch.randperm(len(prompts), generator=seeded(seed, step, 3, epoch)).to(device)
+                order = torch.randperm(len(prompts), generator=seeded(seed, step, 3, epoch))
                 for rows_now in order.chunk(config.minibatches):
                     given = (ref, episodes, experience, rows_now, state["kl_coef"], config, dtype, kernel)
                     if both is None:
@@ -708,18 +732,18 @@ def train(
                             partial(add_gradients, policy, None, *given), partial(add_gradients, None, critic, *given)
                         )
                         found += of_critic
-                    ratio_max = torch.maximum(ratio_max, largest)
                     trained = [policy, critic.score] if shared else [policy]
                     grad_norm = torch.nn.utils.clip_grad_norm_(
                         [p for module in trained for p in module.parameters()], config.max_grad_norm
                     )
-                    seen = dict(zip(("policy_loss", "value_loss", "clip_fraction", "old_kl"), found.tolist()))
+                    names = ("policy_loss", "value_loss", "clip_fraction", "old_kl")
+                    seen = read({**dict(zip(names, found)), "grad_norm": grad_norm, "ratio_max": largest})
                     run.require_finite(step, policy_loss=seen["policy_loss"], value_loss=seen["value_loss"])
-                    run.require_finite(step, gradient=grad_norm)
+                    run.require_finite(step, gradient=seen["grad_norm"])
                     looks += 1
+                    ratio_max = max(ratio_max, seen.pop("ratio_max"))
                     for name, value in seen.items():
                         sums[name] += value
-                    sums["grad_norm"] += float(grad_norm)
                     if 0 < config.stop_kl < seen["old_kl"]:  # far enough already: this step is not taken
                         stopped = True
                         optimizer.zero_grad()
@@ -739,34 +763,35 @@ def train(
         old_logprobs, ref_logprobs, exact_kl = episodes.old_logprobs, experience.ref_logprobs, experience.kl  # (B, R)
         k1 = (old_logprobs - ref_logprobs).sum(-1)  # (B,)
         kl_coef = state["kl_coef"]
+        metrics = read(
+            {
+                "reward": scores.mean(),
+                "reward_std": scores.std(correction=0),
+                "gold": score(gold, asked, answered).mean() if gold is not None else None,
+                "kl_k1": k1.mean(),
+                "kl_k1_se": k1.std().double() / math.sqrt(len(k1)) if len(k1) > 1 else None,
+                "kl_k3": kl_terms(old_logprobs, ref_logprobs, exact_kl, "k3").sum(-1).mean(),
+                "kl_exact": exact_kl.sum(-1).mean(),
+                "objective": scores.mean().double().to(device) - kl_coef * exact_kl.sum(-1).mean().double(),
+                "entropy": masked_mean(experience.entropy, mask),
+                "length": episodes.counted.sum(-1).float().mean(),
+                "eot_rate": (~episodes.truncated).float().mean(),
+                "explained_variance": explained_variance(experience.values, experience.returns, mask),
+                "advantage_std": masked_variance(experience.advantages, mask).sqrt(),
+                **{name: value / looks for name, value in sums.items()},
+                "ratio_max": ratio_max,
+                "updates": updates,
+                "ratio_drift": drift,
+                "kl_coef": kl_coef,
+                "lr": lr_share * config.lr,
+                "rollout_seconds": rollout_seconds,
+                "update_seconds": time.perf_counter() - began,
+            }
+        )
         if config.kl_target > 0:
             state["kl_coef"] = adapt_kl_coef(
-                kl_coef, float(exact_kl.sum(-1).mean()), config.kl_target, len(prompts), config.kl_horizon
+                kl_coef, metrics["kl_exact"], config.kl_target, len(prompts), config.kl_horizon
             )
-        lengths = mask.sum(-1).float()
-        metrics = {
-            "reward": float(scores.mean()),
-            "reward_std": float(scores.std(correction=0)),
-            "gold": float(score(gold, asked, answered).mean()) if gold is not None else None,
-            "kl_k1": float(k1.mean()),
-            "kl_k1_se": float(k1.std()) / math.sqrt(len(k1)) if len(k1) > 1 else None,
-            "kl_k3": float(kl_terms(old_logprobs, ref_logprobs, exact_kl, "k3").sum(-1).mean()),
-            "kl_exact": float(exact_kl.sum(-1).mean()),
-            "objective": float(scores.mean()) - kl_coef * float(exact_kl.sum(-1).mean()),
-            "entropy": float(masked_mean(experience.entropy, mask)),
-            "length": float(lengths.mean()),
-            "eot_rate": float((~episodes.truncated).float().mean()),
-            "explained_variance": explained_variance(experience.values, experience.returns, mask),
-            "advantage_std": float(experience.advantages[mask].std(correction=0)),
-            **{name: value / looks for name, value in sums.items()},
-            "ratio_max": float(ratio_max),
-            "updates": updates,
-            "ratio_drift": drift,
-            "kl_coef": kl_coef,
-            "lr": lr_share * config.lr,
-            "rollout_seconds": rollout_seconds,
-            "update_seconds": time.perf_counter() - began,
-        }
         run.log(step, metrics, show=("reward", "gold", "kl_exact"))
         shows = (step + 1) % config.sample_every == 0 or step + 1 == config.steps
         if shows:

@@ -21,13 +21,13 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from minirlhf import InputError
-from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack, packed_length
-from minirlhf.model import ScalarModel, adamw, packed_logps
-from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
+from minirlhf.data import Example, Packed, Ranking, batch_indices, make_example, pack, packed_length, upload
+from minirlhf.model import ScalarModel, adamw, packed_layout, packed_logps
+from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, read, set_lr
 from minirlhf.tokenizer import Tokenizer
 
 MAX_TIED = 10  # the likelihood of m tied responses sums over 2^m subsets
@@ -105,15 +105,20 @@ def ranking_loss(scores: Float[Tensor, "B K"], ranks: Sequence[int], margin: flo
         if len(tied) > MAX_TIED:
             raise ValueError(f"{len(tied)} responses are tied; at most {MAX_TIED} can be")
         below = [k for k, other in enumerate(ranks) if other > rank]
-        rivals = torch.logsumexp(scores[:, below] + margin, dim=-1)  # (B,)
+        rivals = torch.logsumexp(columns(scores, below) + margin, dim=-1)  # (B,)
         log_f = {(): scores.new_zeros(len(scores))}
         for size in range(1, len(tied) + 1):
             for left in combinations(tied, size):  # the tied responses yet to be placed
-                total = torch.logaddexp(torch.logsumexp(scores[:, list(left)], dim=-1), rivals)
+                total = torch.logaddexp(torch.logsumexp(columns(scores, left), dim=-1), rivals)
                 orders = [scores[:, i] - total + log_f[tuple(j for j in left if j != i)] for i in left]
                 log_f[left] = torch.logsumexp(torch.stack(orders), dim=0)
         loss = loss - log_f[tuple(tied)]
     return loss
+
+
+def columns(x: Shaped[Tensor, "B K"], which: Sequence[int]) -> Shaped[Tensor, "B k"]:
+    """Some columns; a list as an index would have a GPU waited for."""
+    return x.index_select(1, upload(torch.tensor(which), x.device))
 
 
 def centring_loss(scores: Float[Tensor, "B K"]) -> Float[Tensor, " B"]:
@@ -140,7 +145,7 @@ def best_nll(logps: Float[Tensor, "B K"], lengths: Int[Tensor, "B K"], ranks: Se
         ranks: K ranks, 1 = best.
     """
     best = best_of(ranks)
-    return -(logps[:, best] / lengths[:, best]).mean(-1) if best else logps.new_zeros(len(logps))
+    return -(columns(logps, best) / columns(lengths, best)).mean(-1) if best else logps.new_zeros(len(logps))
 
 
 def best_of(ranks: Sequence[int]) -> list[int]:
@@ -195,7 +200,7 @@ def collate_rankings(ranked: Sequence[RankedExamples], fill: int) -> Rankings:
 
 def score_batch(model: ScalarModel, batch: Rankings) -> Float[Tensor, " N"]:
     """The score of each response, read at its last token."""
-    return model(**_layout(model, batch.packed, batch.packed.ends))
+    return model(**packed_layout(model.trunk, batch.packed), at=batch.packed.ends)
 
 
 def scores_and_logps(
@@ -206,14 +211,10 @@ def scores_and_logps(
     for rows, ranks in batch.groups:
         best[rows[:, best_of(ranks)]] = True
     packed = batch.packed.counting(best)
-    states = model.trunk(**_layout(model, packed, torch.cat([packed.ends, packed.predictors])))  # (N + M, D)
+    at = torch.cat([packed.ends, packed.predictors])
+    states = model.trunk(**packed_layout(model.trunk, packed), at=at)  # (N + M, D)
     at_ends, before_targets = states.tensor_split([len(packed.ends)])
     return model.head(at_ends), packed_logps(model.trunk, before_targets, packed, kernel)
-
-
-def _layout(model: ScalarModel, packed: Packed, at: Tensor) -> dict[str, Tensor]:
-    parts = {"tokens": packed.tokens, "positions": packed.positions, "attend": packed.attend, "at": at}
-    return {name: part.to(model.score.weight.device) for name, part in parts.items()}
 
 
 def pair_accuracy(model: ScalarModel, batches: Sequence[Rankings]) -> float:
@@ -224,7 +225,7 @@ def pair_accuracy(model: ScalarModel, batches: Sequence[Rankings]) -> float:
     right = total = 0.0
     with torch.no_grad():
         for batch in batches:
-            scores = score_batch(model, batch).float()
+            scores = score_batch(model, batch).float().cpu()
             for rows, ranks in batch.groups:
                 for better, worse in combinations(range(len(ranks)), 2):
                     if ranks[better] != ranks[worse]:
@@ -292,38 +293,41 @@ def train(
         lr = cosine_lr(step, config.steps, config.lr, config.warmup_steps)
         set_lr(optimizer, lr)
 
-        loss = nll = right = pairs = 0.0
+        totals = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("loss", "best_nll", "right")}
+        pairs = 0
         for piece in pieces:
             logps = lengths = None
             with autocast(device, dtype):
                 if config.sft_coef:
                     scores, logps = scores_and_logps(model, piece, kernel)
-                    lengths = piece.packed.lengths.to(device)
+                    lengths = upload(piece.packed.lengths, device)
                 else:
                     scores = score_batch(model, piece)
             scores = scores.float()  # (N,)
             piece_loss, piece_nll = scores.new_zeros(()), scores.new_zeros(())
             for rows, ranks in piece.groups:
-                rows = rows.to(device)
+                rows = upload(rows, device)
                 ours = scores[rows]  # (B, K)
                 piece_loss = piece_loss + ranking_loss(ours, ranks, config.margin).sum()
                 piece_loss = piece_loss + config.centring * centring_loss(ours).sum()
                 if logps is not None:
                     piece_nll = piece_nll + best_nll(logps[rows], lengths[rows], ranks).sum()
-                best_against_worst = ranks[0] != ranks[-1]
-                right += float((ours[:, 0] > ours[:, -1]).sum()) if best_against_worst else 0.0
-                pairs += len(rows) if best_against_worst else 0
+                if ranks[0] != ranks[-1]:
+                    totals["right"] += (ours[:, 0] > ours[:, -1]).sum()
+                    pairs += len(rows)
             ((piece_loss + config.sft_coef * piece_nll) / rankings).backward()
-            loss += piece_loss.item() / rankings
-            nll += piece_nll.item() / rankings
+            totals["loss"] += piece_loss.detach().double() / rankings
+            totals["best_nll"] += piece_nll.detach().double() / rankings
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        run.require_finite(step, loss=loss, best_nll=nll, gradient=grad_norm)
+        seen = read({**totals, "grad_norm": grad_norm})
+        run.require_finite(step, loss=seen["loss"], best_nll=seen["best_nll"], gradient=seen["grad_norm"])
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics = {"loss": loss, "best_over_worst": right / max(1.0, pairs), "grad_norm": float(grad_norm), "lr": lr}
+        metrics = {"loss": seen["loss"], "best_over_worst": seen["right"] / max(1, pairs)}
+        metrics |= {"grad_norm": seen["grad_norm"], "lr": lr}
         if config.sft_coef:
-            metrics["best_nll"] = nll
+            metrics["best_nll"] = seen["best_nll"]
         if held_out and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             metrics["held_out_accuracy"] = pair_accuracy(model, held_out)
         run.log(step, metrics, show=("loss", "best_over_worst", "held_out_accuracy"))

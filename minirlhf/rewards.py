@@ -37,6 +37,7 @@ from minirlhf.data import (
     make_example,
     read_records,
     tokens_of,
+    upload,
     write_records,
 )
 from minirlhf.model import last_token
@@ -115,14 +116,18 @@ class RewardModelScorer:
                 f"a prompt and its response have {longest} tokens, but the reward model {self.name} reads {context}; "
                 "shorten them, or train it with a longer context"
             )
-        scores = torch.zeros(len(examples), device=device)
+        order, scores = [], []
         for rows in _batches([len(example.tokens) for example in examples], self.batch_size):
             batch = collate([examples[i] for i in rows], self.tokenizer.eot)
-            tokens, mask = batch.tokens.to(device), batch.mask.to(device)  # (B, T)
+            tokens = upload(batch.tokens, device)  # (B, T)
             # Padding stands on the right, where causal attention cannot see it: the trunk needs no mask.
             with autocast(device, self.dtype):
-                scores[rows] = last_token(self.model(tokens), mask)
-        return scores
+                scores.append(last_token(self.model(tokens), batch.mask).float())
+            order += rows
+        found = torch.zeros(len(examples))
+        if scores:
+            found[order] = torch.cat(scores).cpu()
+        return found
 
 
 class GoldJudge:

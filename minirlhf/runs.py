@@ -537,6 +537,17 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def read(numbers: dict[str, Any]) -> dict[str, float]:
+    """Numbers by name, some of them scalars on a device, as Python's: a GPU is waited for once, for all of them.
+
+    None stays None.
+    """
+    far = {name: x.detach().double() for name, x in numbers.items() if isinstance(x, Tensor) and x.device.type != "cpu"}
+    near = {name: x.item() for name, x in numbers.items() if isinstance(x, Tensor) and x.device.type == "cpu"}
+    fetched = torch.stack(list(far.values())).tolist() if far else []
+    return {**numbers, **near, **dict(zip(far, fetched))}
+
+
 def autocast(device: torch.device, dtype: str):
     """Matrix products in bfloat16 when asked; everything that sums stays float32."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()

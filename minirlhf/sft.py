@@ -27,9 +27,10 @@ from minirlhf.data import (
     split_held_out,
     stream_batch,
     token_stream,
+    upload,
 )
 from minirlhf.model import GPT, adamw, response_stats
-from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, set_lr
+from minirlhf.runs import Run, autocast, check_at_least, check_positive, check_share, console, cosine_lr, read, set_lr
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -78,10 +79,11 @@ def sft_loss(model: GPT, batch: Batch, kernel: str = "auto") -> Float[Tensor, ""
 
     Args:
         model: the policy.
-        batch: right-padded tokens (B, T) and which of them count.
+        batch: right-padded tokens (B, T) and which of them count; best on the CPU, where it is made.
         kernel: which `token_stats`.
     """
-    return -response_stats(model, batch.tokens, batch.response_mask, kernel=kernel).logprobs.sum()
+    tokens = upload(batch.tokens, model.wte.weight.device)
+    return -response_stats(model, tokens, batch.response_mask, kernel=kernel).logprobs.sum()
 
 
 def counted(batch: Batch) -> int:
@@ -103,8 +105,8 @@ def microbatches(batch: Batch, size: int) -> list[Batch]:
 def held_out_loss(model: GPT, batches: Sequence[Batch], kernel: str = "auto") -> float:
     """Mean cross-entropy a counted token over held-out batches, in nats."""
     with torch.no_grad():
-        total = sum(float(sft_loss(model, batch, kernel)) for batch in batches)
-    return total / max(1, sum(counted(batch) for batch in batches))
+        total = sum(sft_loss(model, batch, kernel).double() for batch in batches)
+    return float(total) / max(1, sum(counted(batch) for batch in batches))
 
 
 def batches(
@@ -197,29 +199,29 @@ def train(
         The last step's metrics: loss and held-out loss in nats a token, perplexity.
     """
     device = model.wte.weight.device
-    held_out = [Batch(*(part.to(device) for part in batch)) for batch in held_out]
     optimizer = adamw(model, config.lr, config.weight_decay)
     start = run.restore(model=model, optimizer=optimizer)
     metrics: dict[str, float] = {}
 
     for step in run.range(start):
-        batch = Batch(*(part.to(device) for part in batch_at(step)))
+        batch = batch_at(step)
         tokens = counted(batch)
         lr = cosine_lr(step, config.steps, config.lr, config.warmup_steps)
         set_lr(optimizer, lr)
 
-        loss = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for piece in microbatches(batch, config.microbatch_size):
             with autocast(device, dtype):
                 piece_loss = sft_loss(model, piece, kernel) / tokens
             piece_loss.backward()
-            loss += piece_loss.item()
+            total += piece_loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        run.require_finite(step, loss=loss, gradient=grad_norm)
+        metrics = read({"loss": total, "grad_norm": grad_norm})
+        run.require_finite(step, loss=metrics["loss"], gradient=metrics["grad_norm"])
         optimizer.step()
         optimizer.zero_grad()
 
-        metrics = {"loss": loss, "grad_norm": float(grad_norm), "lr": lr, "tokens": tokens}
+        metrics |= {"lr": lr, "tokens": tokens}
         if held_out and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             with autocast(device, dtype):
                 metrics["held_out_loss"] = held_out_loss(model, held_out, kernel)

@@ -418,8 +418,8 @@ BUGS = (
         name="mask-off-by-one",
         title="The response mask is off by one",
         where="minirlhf.model:response_stats",
-        before="predicts, targets = counted[:, 1:], tokens[:, 1:][counted[:, 1:]]",
-        after="predicts, targets = counted[:, :-1], tokens[:, 1:][counted[:, :-1]]",
+        before="predicts = counted[:, 1:]",
+        after="predicts = counted[:, :-1]",
         symptom="The loss is lower than it should be, and responses begin badly. The first token of a response is "
         "never learned, and the padding after its end, which is easy, is learned instead.",
         why="The mask is of tokens and the logits are of the positions before them. One of the two has to be shifted, "
@@ -775,8 +775,8 @@ BUGS = (
         name="unmasked-mean",
         title="A metric is a mean over the padding too",
         where="minirlhf.ppo:train",
-        before='"entropy": float(masked_mean(experience.entropy, mask)),',
-        after='"entropy": float(experience.entropy.mean()),',
+        before='"entropy": masked_mean(experience.entropy, mask),',
+        after='"entropy": experience.entropy.mean(),',
         symptom="`entropy` is too low, and falls where responses get shorter. Training is untouched, which is why such "
         "a metric lives long.",
         why="A metric is written in a hurry, and `mean()` needs no mask.",
@@ -788,8 +788,8 @@ BUGS = (
         name="logps-averaged",
         title="Log-probs are averaged in DPO",
         where="minirlhf.dpo:response_logps",
-        before="return total / packed.lengths.to(total.device) if average else total",
-        after="return total / packed.lengths.to(total.device)",
+        before="return total / upload(packed.lengths, total.device) if average else total",
+        after="return total / upload(packed.lengths, total.device)",
         symptom="`chosen_logps` is that of a token, about -1, and not that of a response. The margin grows more "
         "slowly, and what is learned is the optimum of another problem.",
         why="Cross-entropy is averaged everywhere else.",

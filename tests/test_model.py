@@ -218,7 +218,7 @@ def test_what_pads_a_packed_batch_reaches_nothing(gpt):
         packed = packed._replace(
             tokens=F.pad(packed.tokens, (0, columns), value=fill),
             positions=F.pad(packed.positions, (0, columns)),
-            attend=F.pad(packed.attend, (0, columns, 0, columns)) | torch.eye(packed.tokens.shape[1] + columns).bool(),
+            parts=F.pad(packed.parts, (0, columns), value=-1),
         )
         rows = torch.arange(len(MADE_UP)).repeat_interleave(torch.tensor([len(group) for group in MADE_UP]))
         ends = packed_states(gpt, packed)[packed.ends + columns * rows]

@@ -318,7 +318,7 @@ def test_what_stands_past_the_end_never_leaks(lengths, seed):
             whiten(x, mask),
             masked_mean(x, mask),
             shape_rewards(torch.ones(len(lengths)).double(), x, mask, 0.5),
-            torch.tensor(explained_variance(values, returns, mask)),
+            explained_variance(values, returns, mask),
         )
 
     clean = everything(x, values, returns)
