@@ -8,7 +8,7 @@
 A reward function is any `def politeness(prompts, responses, texts)` that returns one number a response.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -106,9 +106,9 @@ def main(args: Args) -> None:
         scorer.dtype = args.dtype
         frozen.append(scorer.model)
     prepare(args, policy, critic, *frozen)
-    say_fit(args, policy, critic, frozen, prompts)
+    config = fitted(args, policy, critic, frozen, prompts)
     train(
-        policy, ref, critic, reward, lambda step: prompts_at(args, prompts, step), tokenizer, args.config, run,
+        policy, ref, critic, reward, lambda step: prompts_at(args, prompts, step), tokenizer, config, run,
         seed=args.seed, gold=gold, dtype=args.dtype, kernel=args.kernel, compile=args.compile, explain=args.explain,
     )  # fmt: skip
     run.finish(policy, tokenizer)
@@ -165,18 +165,30 @@ def require_room(args: Args, prompts: list[list[int]], reward: Reward) -> None:
             )
 
 
-def say_fit(args: Args, policy: GPT, critic: ScalarModel, frozen: list, prompts: list[list[int]]) -> None:
-    """What the run will take where every prompt and every response is as long as the longest may be."""
-    config = args.config
+def fitted(args: Args, policy: GPT, critic: ScalarModel, frozen: list, prompts: list[list[int]]) -> PPOConfig:
+    """Says what the run will take where every prompt and every response is as long as the longest may be.
+
+    Returns:
+        The config, on a GPU with the largest microbatch that fits (unless one was asked for): the minibatch, halved as
+        often as it takes.
+    """
+    config, device = args.config, policy.wte.weight.device
     response, longest = config.response_range[1], max(map(len, prompts))
     if args.prompt_tokens is not None:
         longest = min(longest, parse_range("--prompt-tokens", args.prompt_tokens)[1])
-    rows = min(config.microbatch_size or config.batch_size, config.batch_size // config.minibatches)
-    shape = fits.Shape(rows, longest + response, rows * response)
     tokens = config.batch_size * (longest + response)
     sampled = fits.Shape(config.batch_size, longest + response, 0)
-    found = fits.estimate([policy, critic], frozen, [shape], tokens, args.dtype, args.kernel, sampled)
-    fits.say(found, rows * shape.width)
+
+    def needs(rows: int) -> fits.Estimate:
+        shape = fits.Shape(rows, longest + response, rows * response)
+        return fits.estimate([policy, critic], frozen, [shape], tokens, args.dtype, args.kernel, sampled)
+
+    minibatch = config.batch_size // config.minibatches
+    if config.microbatch_size is None and device.type == "cuda":
+        config = replace(config, microbatch_size=fits.largest(minibatch, needs, fits.memory(device)))
+    rows = min(config.at_a_time or minibatch, minibatch)
+    fits.say(needs(rows), rows * (longest + response))
+    return config
 
 
 def prompts_at(args: Args, prompts: list[list[int]], step: int) -> list[list[int]]:

@@ -5,8 +5,10 @@ not, and the activations that the gradient needs, those of one microbatch at a t
 operation by operation (`activation_bytes`); what Python and torch need for themselves comes on top.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import torch
 
 from minirlhf.decode import packing_of
 from minirlhf.model import GPT, GPTConfig, ScalarModel
@@ -104,6 +106,19 @@ def estimate(
         own = sum(p.numel() for p in trunk.parameters())
         peak += own * (2 if dtype == "bf16" else 4 if packing_of(trunk, None, kernel) == "ours" else 1)
     return Estimate(sum(learning.values()), sum(still.values()), tokens, peak)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of a GPU that a run may count on: nine tenths of what it has, whoever uses it now. So a run that is resumed
+    gets the microbatches it had."""
+    return torch.cuda.get_device_properties(device).total_memory * 9 // 10
+
+
+def largest(rows: int, needs: Callable[[int], Estimate], memory: int) -> int:
+    """The most rows at a time that fit: `rows`, halved until the estimate stays within the memory; at least one."""
+    while rows > 1 and needs(rows).peak > memory:
+        rows = (rows + 1) // 2
+    return rows
 
 
 def say(found: Estimate, microbatch: int | None = None) -> None:

@@ -23,12 +23,11 @@ compiled = torch.compile(flex_attention)
 
 def blocks_of(parts: Int[Tensor, "B T"]) -> BlockMask:
     """Which blocks of 128 × 128 tokens hold a token that may look at another, for rows laid out by `data.pack`."""
-
-    def looks(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & ((parts[b, key] == 0) | (parts[b, key] == parts[b, query]))
-
     B, T = parts.shape
-    return create_block_mask(looks, B, None, T, T, device=parts.device)
+    return create_block_mask(
+        lambda b, head, query, key: (key <= query) & ((parts[b, key] == 0) | (parts[b, key] == parts[b, query])),
+        B, None, T, T, device=parts.device,
+    )  # fmt: skip
 
 
 def attention(

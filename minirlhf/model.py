@@ -133,7 +133,7 @@ class Block(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.mlp_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, attend: Tensor | None, at: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attend: Tensor | BlockMask | None, at: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, T, D), or to (N, D) at the places `at` alone: what nobody reads is not computed."""
         mixed = attention(self.c_attn(self.ln_1(x)), self.n_head, attend, self.kernel)  # (B, T, D)
         if at is not None:

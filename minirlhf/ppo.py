@@ -36,6 +36,7 @@ from minirlhf.runs import (
     console,
     cosine_lr,
     mix,
+    products,
     read,
     seeded,
     set_lr,
@@ -44,7 +45,8 @@ from minirlhf.runs import (
 from minirlhf.token_stats import TokenStats, linear_token_stats
 from minirlhf.tokenizer import Tokenizer
 
-NOISE_FLOOR = {"fp32": 1e-3, "bf16": 0.25}  # nats a token that sampling and training may differ by through rounding
+# Nats a token that sampling and training may differ by through rounding; tf32 has three bits more than bf16.
+NOISE_FLOOR = {"fp32": 1e-3, "tf32": 0.03, "bf16": 0.25}
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class PPOConfig:
     """Passes over a rollout."""
     minibatches: int = 4
     """Optimiser steps in a pass."""
-    microbatch_size: int = 16
+    microbatch_size: int | None = None
     """Responses in memory at a time, those of like length together; gradients accumulate to those of the minibatch.
-    0 = the whole minibatch."""
+    0 = the whole minibatch. By default 16, or on a GPU the whole minibatch where it fits."""
     response_tokens: str = "48"
     """Response limit in tokens: a number, or LOW:HIGH to draw one for each response."""
     temperature: float = 1.0
@@ -126,7 +128,7 @@ class PPOConfig:
         check_positive(max_grad_norm=self.max_grad_norm)
         check_at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay, value_clip=self.value_clip)
         check_at_least(0, value_coef=self.value_coef, kl_coef=self.kl_coef, kl_target=self.kl_target)
-        check_at_least(0, reward_clip=self.reward_clip, stop_kl=self.stop_kl, microbatch_size=self.microbatch_size)
+        check_at_least(0, reward_clip=self.reward_clip, stop_kl=self.stop_kl, microbatch_size=self.at_a_time)
         check_at_least(0, entropy_coef=self.entropy_coef, missing_eot_penalty=self.missing_eot_penalty)
         check_share(gamma=self.gamma, lam=self.lam)
         parse_range("--response-tokens", self.response_tokens)
@@ -145,6 +147,11 @@ class PPOConfig:
                 "--kl-in reward with --kl-estimator exact lacks the gradient of each token's own KL, which does not "
                 "depend on the token drawn; use --kl-in both, or k1 in the reward"
             )
+
+    @property
+    def at_a_time(self) -> int:
+        """Responses in memory at a time, 0 = the whole minibatch."""
+        return 16 if self.microbatch_size is None else self.microbatch_size
 
     @property
     def response_range(self) -> tuple[int, int]:
@@ -465,7 +472,7 @@ def appraise(
     """
     mask, device = episodes.mask, episodes.mask.device
     known = episodes.old_logprobs.new_zeros(5, *mask.shape)
-    for piece in microbatches(episodes.counted, torch.arange(len(mask)), config.microbatch_size):
+    for piece in microbatches(episodes.counted, torch.arange(len(mask)), config.at_a_time):
         with torch.no_grad(), autocast(device, dtype):
             stats, values = stats_and_values(policy, critic, *cut_to(episodes, piece), ref, config.temperature, kernel)
         for table, column in zip(known, (stats.logprobs, stats.ref_logprobs, stats.kl, stats.entropy, values)):
@@ -570,7 +577,7 @@ def add_gradients(
     n = int(episodes.counted[rows].sum())
     found = episodes.old_logprobs.new_zeros(4)  # sums stay on the device until the step
     largest = found.new_zeros(())
-    for piece in microbatches(episodes.counted, rows, config.microbatch_size):
+    for piece in microbatches(episodes.counted, rows, config.at_a_time):
         terms = token_losses(policy, critic, ref, episodes, experience, piece, config, dtype, kernel)
         totals = Losses(*(term.sum() for term in terms))
         (total_loss(totals, kl_coef, config) / n).backward()
@@ -607,7 +614,7 @@ def take_apart(
     prompt's tokens come first; they do not count and have no numbers.
     """
     mask, ratio = episodes.mask, torch.ones_like(episodes.old_logprobs)
-    for piece in microbatches(episodes.counted, torch.tensor(rows), config.microbatch_size):
+    for piece in microbatches(episodes.counted, torch.tensor(rows), config.at_a_time):
         terms = token_losses(policy, critic, ref, episodes, experience, piece, config, dtype, kernel)
         ratio.view(-1).index_copy_(0, episodes.places(piece), terms.logratio.exp())
     known = {
@@ -712,7 +719,7 @@ def train(
         experience = appraise(policy, critic, ref, episodes, shaped_scores, state["kl_coef"], config, dtype, kernel)
         drift = (experience.logprobs - episodes.old_logprobs).abs().max()
         if step == start:
-            check_ratio(float(drift), NOISE_FLOOR[dtype])
+            check_ratio(float(drift), NOISE_FLOOR[products(device, dtype)])
         rollout_seconds = time.perf_counter() - began
 
         # 5. Updates: several passes over the rollout in minibatches.
@@ -772,7 +779,6 @@ def train(
                 "kl_k1_se": k1.std().double() / math.sqrt(len(k1)) if len(k1) > 1 else None,
                 "kl_k3": kl_terms(old_logprobs, ref_logprobs, exact_kl, "k3").sum(-1).mean(),
                 "kl_exact": exact_kl.sum(-1).mean(),
-                "objective": scores.mean().double().to(device) - kl_coef * exact_kl.sum(-1).mean().double(),
                 "entropy": masked_mean(experience.entropy, mask),
                 "length": episodes.counted.sum(-1).float().mean(),
                 "eot_rate": (~episodes.truncated).float().mean(),
@@ -788,6 +794,7 @@ def train(
                 "update_seconds": time.perf_counter() - began,
             }
         )
+        metrics["objective"] = metrics["reward"] - kl_coef * metrics["kl_exact"]
         if config.kl_target > 0:
             state["kl_coef"] = adapt_kl_coef(
                 kl_coef, metrics["kl_exact"], config.kl_target, len(prompts), config.kl_horizon

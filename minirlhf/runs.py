@@ -10,8 +10,10 @@
 
 Nothing is written before the first step has succeeded, so that bad input leaves no half-written run, and every file
 is written under another name and renamed, so that a run killed at any moment can be resumed. The weights after
-resuming are those of an uninterrupted run, bit for bit, on one machine and thread count (with --compile but for
-rounding): batches and samples are pure functions of (seed, step), never of a generator's history.
+resuming are those of an uninterrupted run, on one machine and thread count: batches and samples are pure functions of
+(seed, step), never of a generator's history. On a CPU they are so bit for bit (with --compile but for rounding). On a
+GPU torch adds up some gradients in whatever order its threads come, so that two runs differ in rounding, and only with
+--deterministic, which has it take other kernels, are they the same bits.
 """
 
 import ctypes
@@ -67,6 +69,11 @@ class RunArgs:
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the matrix products; weights and optimiser stay fp32."""
+    matmul: Literal["highest", "high"] = "highest"
+    """On a GPU, what fp32 products are made of: highest (fp32) or high (TF32: several times as fast, 10 bits instead of
+    23)."""
+    deterministic: bool = False
+    """On a GPU, the same bits in every run, at some speed; on a CPU they always are."""
     kernel: str = "auto"
     """Which token_stats: fused (compiled at first use), reference (plain PyTorch) or auto (fused where it can be)."""
     compile: bool = False
@@ -92,6 +99,8 @@ class RunArgs:
         check_kernel(self.kernel, self.device)
         if self.compile:
             check_compiler("--compile", self.device)
+        if self.matmul == "high" and pick_device(self.device).type == "cpu":
+            raise InputError("--matmul high is for a GPU, a CPU has no TF32; leave it out, or give --dtype bf16")
 
 
 class Run:
@@ -503,7 +512,15 @@ def check_compiler(flag: str, device: str) -> None:
 
 
 def prepare(args: RunArgs, *models: GPT | ScalarModel) -> None:
-    """--kernel, --checkpointing and --compile, in place: weights keep their names, and results but for rounding."""
+    """--kernel, --checkpointing and --compile, in place: weights keep their names, and results but for rounding; and
+    torch's own switches for --matmul and --deterministic.
+    """
+    torch.set_float32_matmul_precision(args.matmul)
+    if args.deterministic:
+        # Read when the first product is made; buffers of a fixed size, as cuBLAS asks for.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what it did not write
     for model in models:
         trunk = model if isinstance(model, GPT) else model.trunk
         trunk.use_kernel(args.kernel)
@@ -535,6 +552,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Use this learning rate in every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def products(device: torch.device, dtype: str) -> str:
+    """What the matrix products of a run are made of: fp32, tf32 (on a GPU, see --matmul) or bf16."""
+    tf32 = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if dtype == "fp32" and tf32 else dtype
 
 
 def read(numbers: dict[str, Any]) -> dict[str, float]:

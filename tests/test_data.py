@@ -30,6 +30,7 @@ from minirlhf.data import (
     split_held_out,
     stream_batch,
     token_stream,
+    upload,
     write_records,
 )
 from minirlhf.tokenizer import Tokenizer, TokenText
@@ -671,3 +672,25 @@ def test_a_packed_token_sees_its_own_sequence_and_nothing_else(groups: list[list
         assert (packed.tokens[b, ~real] == fill).all()
     assert next(ends, None) is None
     assert counted == expected, "a response token is predicted by the token before it in its own sequence"
+
+
+def test_upload_asks_for_pinned_memory_and_does_not_wait(monkeypatch):
+    """What a GPU would be asked, with the questions written down: there is none here."""
+    asked = []
+
+    class Here(torch.Tensor):
+        def pin_memory(self):
+            asked.append("pinned")
+            return self
+
+        def to(self, device, non_blocking=False):
+            asked.append((torch.device(device).type, non_blocking))
+            return self
+
+    x = torch.ones(3).as_subclass(Here)
+    upload(x, torch.device("cuda"))
+    assert asked == ["pinned", ("cuda", True)]
+    asked.clear()
+    upload(x, torch.device("cpu"))
+    upload(torch.ones(0).as_subclass(Here), torch.device("cuda"))  # no memory to be pinned
+    assert asked == [("cpu", False), ("cuda", False)]

@@ -102,6 +102,20 @@ def test_tiles_are_those_of_the_fused_head():
     assert {device: 4 * elements for device, elements in fused.TILE_ELEMENTS.items()} == fits.TILES
 
 
+def test_the_largest_microbatch_is_the_first_half_that_fits(monkeypatch):
+    def needs(rows):
+        asked.append(rows)
+        return fits.Estimate(0, 0, 0, 100 + 10 * rows)
+
+    for memory, rows, tried in ((1000, 32, [32]), (420, 32, [32]), (419, 16, [32, 16]), (50, 1, [32, 16, 8, 4, 2])):
+        asked = []
+        assert (fits.largest(32, needs, memory), asked) == (rows, tried)
+    assert fits.largest(5, lambda rows: fits.Estimate(0, 0, 0, rows), 3) == 3, "halves are rounded up"
+    properties = type("Properties", (), {"total_memory": 80 << 30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert fits.memory(torch.device("cuda")) == 72 << 30
+
+
 def test_what_is_said(capsys):
     fits.say(fits.Estimate(960_000, 0, 4096, 300 << 20), 1024)
     fits.say(fits.Estimate(124_400_000, 124_400_000, 4096, 5 << 30), 4096)

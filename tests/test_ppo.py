@@ -1154,3 +1154,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(options):
 
 def test_the_loop_goes_through_the_one_place_where_a_softmax_is_taken():
     assert ppo.linear_token_stats is linear_token_stats
+
+
+def test_a_microbatch_has_16_responses_unless_told_otherwise():
+    assert [PPOConfig(microbatch_size=size).at_a_time for size in (None, 0, 5)] == [16, 0, 5]

@@ -930,3 +930,57 @@ def test_side_by_side():
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(threads)
+
+
+def test_numbers_are_read_as_they_are():
+    """Bits of float32 and float64, None and Python's own numbers; order kept."""
+    third = torch.tensor(1 / 3, requires_grad=True)
+    given = {"a": third, "b": None, "c": 2, "d": torch.tensor(1 / 3, dtype=torch.float64), "e": torch.tensor(math.inf)}
+    found = runs.read(given)
+    assert list(found) == list("abcde")
+    assert found == {"a": third.item(), "b": None, "c": 2, "d": 1 / 3, "e": math.inf}
+    assert all(not isinstance(value, torch.Tensor) for value in found.values())
+
+
+def test_tf32_is_for_a_gpu(monkeypatch):
+    with pytest.raises(InputError, match="--matmul high is for a GPU"):
+        RunArgs(Path("runs/none"), matmul="high", device="cpu")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [runs.products(gpu, dtype) for dtype in ("fp32", "bf16")] == ["fp32", "bf16"]
+    monkeypatch.setattr(runs.torch, "get_float32_matmul_precision", lambda: "high")
+    assert [runs.products(gpu, dtype) for dtype in ("fp32", "bf16")] == ["tf32", "bf16"]
+    assert runs.products(cpu, "fp32") == "fp32"
+
+
+def test_prepare_sets_torch_s_own_switches():
+    """In a process of its own: the switches are the process's."""
+    program = (
+        "import os, sys, torch\n"
+        "from minirlhf.runs import RunArgs, prepare\n"
+        "args = RunArgs('none', device='cpu', deterministic='--deterministic' in sys.argv)\n"
+        "object.__setattr__(args, 'matmul', 'high')  # as on a GPU\n"
+        "prepare(args)\n"
+        "print(torch.are_deterministic_algorithms_enabled(), os.environ.get('CUBLAS_WORKSPACE_CONFIG'),"
+        " torch.get_float32_matmul_precision())"
+    )
+    for flags, said in (([], "False None high"), (["--deterministic"], "True :4096:8 high")):
+        done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, timeout=300)
+        assert done.stdout.strip() == said, done.stderr
+
+
+def test_deterministic_changes_no_bit_on_a_cpu(tmp_path, tiny_run, tiny_reward_run):
+    """Every operation of PPO has a deterministic form here, and it is the one that runs anyway."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"Customer: {word}\nAgent:"}) + "\n" for word in ("Hi", "No", "So"))
+    )
+    script = Path(__file__).resolve().parent.parent / "train_ppo.py"
+    common = [sys.executable, str(script), "--prompts", str(prompts), "--init", str(tiny_run)]
+    common += ["--reward", str(tiny_reward_run), "--steps", "2", "--batch-size", "8", "--response-tokens", "6"]
+    weights = []
+    for name, flags in (("plain", []), ("same", ["--deterministic"])):
+        out = tmp_path / name
+        done = subprocess.run([*common, "--out", str(out), *flags], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
