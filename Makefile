@@ -1,14 +1,17 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both first make .venv with the pinned dependencies.
+# With PYTHON_BIN=/path/to/python, one that has the dependencies already, nothing is installed and no network is needed.
 
 PYTHON ?= python3
 SEED ?= 0
 RUNS ?= runs
 DTYPE ?= fp32
 BIN := .venv/bin
+PYTHON_BIN :=
+RUN = $(or $(PYTHON_BIN),$(BIN)/python)
 
 .PHONY: install demo demo-rm demo-dpo test lint clean
 
-install: .venv/installed
+install: $(if $(PYTHON_BIN),,.venv/installed)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,32 +38,33 @@ endif
 
 # Each command is printed before it runs, so that you can run it alone afterwards.
 demo: install
-	$(BIN)/python train_sft.py --data helpdesk:corpus --lr 4e-3 $(PRETRAIN_ARGS) --out $(RUNS)/pretrain --dtype $(DTYPE) --seed $(SEED) --overwrite
-	$(BIN)/python train_sft.py --init $(RUNS)/pretrain $(SFT_ARGS) --out $(RUNS)/sft --dtype $(DTYPE) --seed $(SEED) --overwrite
+	$(RUN) train_sft.py --data helpdesk:corpus --lr 4e-3 $(PRETRAIN_ARGS) --out $(RUNS)/pretrain --dtype $(DTYPE) --seed $(SEED) --overwrite
+	$(RUN) train_sft.py --init $(RUNS)/pretrain $(SFT_ARGS) --out $(RUNS)/sft --dtype $(DTYPE) --seed $(SEED) --overwrite
 	$(MAKE) --no-print-directory -j2 demo-rm demo-dpo
 	@cat $(RUNS)/dpo.log
-	$(BIN)/python train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm $(PPO_ARGS) --out $(RUNS)/ppo --dtype $(DTYPE) --seed $(SEED) --overwrite
-	$(BIN)/python -m minirlhf.evaluate $(RUNS)/ppo $(RUNS)/dpo --baseline $(RUNS)/sft --reward $(RUNS)/rm $(EVALUATE_ARGS) --out $(RUNS)/report --seed $(SEED)
+	$(RUN) train_ppo.py --init $(RUNS)/sft --reward $(RUNS)/rm $(PPO_ARGS) --out $(RUNS)/ppo --dtype $(DTYPE) --seed $(SEED) --overwrite
+	$(RUN) -m minirlhf.evaluate $(RUNS)/ppo $(RUNS)/dpo --baseline $(RUNS)/sft --reward $(RUNS)/rm $(EVALUATE_ARGS) --out $(RUNS)/report --seed $(SEED)
 
 # The reward model and DPO both start from the SFT model and need nothing of each other. Small tensors keep two threads
 # busy for two thirds of the time only, so these two train side by side, each on half the cores.
 CORES := len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-HALF = $(shell $(BIN)/python -c 'import os; print(max(1, ($(CORES)) // 2))')
+HALF = $(shell $(RUN) -c 'import os; print(max(1, ($(CORES)) // 2))')
 
 demo-rm: install
-	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_rm.py --init $(RUNS)/sft $(RM_ARGS) --out $(RUNS)/rm --dtype $(DTYPE) --seed $(SEED) --overwrite
+	OMP_NUM_THREADS=$(HALF) $(RUN) train_rm.py --init $(RUNS)/sft $(RM_ARGS) --out $(RUNS)/rm --dtype $(DTYPE) --seed $(SEED) --overwrite
 
 demo-dpo: install
 	@mkdir -p $(RUNS)
-	OMP_NUM_THREADS=$(HALF) $(BIN)/python train_dpo.py --init $(RUNS)/sft $(DPO_ARGS) --out $(RUNS)/dpo --dtype $(DTYPE) --seed $(SEED) --overwrite > $(RUNS)/dpo.log 2>&1 || { cat $(RUNS)/dpo.log; exit 1; }
+	OMP_NUM_THREADS=$(HALF) $(RUN) train_dpo.py --init $(RUNS)/sft $(DPO_ARGS) --out $(RUNS)/dpo --dtype $(DTYPE) --seed $(SEED) --overwrite > $(RUNS)/dpo.log 2>&1 || { cat $(RUNS)/dpo.log; exit 1; }
 
 # A file's tests stay together, since they share what they set up.
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist loadfile
 
 lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	@$(RUN) -c 'import ruff' 2>/dev/null || { echo "make lint needs ruff: $(RUN) -m pip install ruff" >&2; exit 2; }
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 clean:
 	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -237,8 +237,8 @@ def _build(name: str, library: Path, sources: tuple[Path, ...], cflags, cuda_cfl
 
     from torch.utils import cpp_extension  # takes longer to import than a cached library to load
 
-    if cuda_cflags and cpp_extension.CUDA_HOME is None:
-        raise KernelUnavailable(f"nvcc is not found; install CUDA {torch.version.cuda}'s, or set CUDA_HOME")
+    if cuda_cflags:
+        cpp_extension.CUDA_HOME = _find_cuda(cpp_extension.CUDA_HOME)
 
     for stale in library.parent.glob("build-*"):  # whoever made it was killed: this process holds the lock
         shutil.rmtree(stale, ignore_errors=True)
@@ -292,6 +292,33 @@ def _version(compiler: str) -> str:
     return answer.stdout
 
 
+INSTALLED = Path("/usr/local")  # where CUDA's own installer puts cuda-13.0 and the like
+
+
+def _find_cuda(found: str | None) -> str:
+    """CUDA's folder: the one that torch found, where it holds what is compiled against, else one of the installed.
+
+    torch takes the folder above an nvcc on the path, which may be a script that calls another.
+    """
+
+    def version(home: Path) -> tuple[bool, tuple[int, ...]]:
+        numbers = tuple(int(number) for number in re.findall(r"\d+", home.name))
+        return numbers[:1] == tuple(int(n) for n in torch.version.cuda.split(".")[:1]), numbers
+
+    installed = sorted(INSTALLED.glob("cuda*"), key=version, reverse=True)  # of torch's major version first
+    tried = [Path(home) for home in (found, *installed) if home is not None]
+    for home in tried:
+        if (home / "include" / "cuda_runtime.h").is_file() and (home / "bin" / "nvcc").exists():
+            if str(home) != found:
+                _say(f"CUDA is taken from {home}")
+            return str(home)
+    cure = f"install CUDA {torch.version.cuda}'s, or set CUDA_HOME to its folder"
+    if not tried:
+        raise KernelUnavailable(f"nvcc is not found; {cure}")
+    where = ", ".join(map(str, tried))
+    raise KernelUnavailable(f"nvcc with its include/cuda_runtime.h is not found in {where}; {cure}")
+
+
 def _find_ninja() -> Path:
     """pip puts ninja beside the interpreter, and that folder is only on PATH while its environment is activated."""
     folders = [sysconfig.get_path("scripts"), sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))]
@@ -308,6 +335,8 @@ def _failure(compiler: str, output: str) -> str:
     words = [line for line in lines if not re.match(r"\[\d+/\d+\]|FAILED:|ninja:|Error building extension", line)]
     words = [line for line in words if not (" -o " in line and " -c " in line)]
     errors = [line for line in words if re.search(r"\b(error|Error|undefined reference|Killed|No space left)\b", line)]
+    # The linker names what it lacks in a line of its own, before the compiler says that the linker failed.
+    errors = [line for line in words if re.search(r"\bcannot find (-l|crt|/)", line)] + errors
     chosen = list(dict.fromkeys(errors))[:5] or words[-5:] or lines[-5:]
     return "\n  ".join((f"the compiler {compiler} failed:", *(line[:300] for line in chosen)))
 
@@ -331,9 +360,22 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":  # `make install` builds ahead, so that the first run need not wait
+def main(arguments: list[str]) -> None:
+    """Build, or find built: the CPU's kernels, with --cuda the CUDA kernels too."""
+    if not set(arguments) <= {"--cuda"}:
+        sys.exit("usage: python -m minirlhf.kernels [--cuda]")
     try:
         load()
     except KernelUnavailable as reason:
         sys.exit(f"no fused kernel, the plain PyTorch one will be used: {reason}")
     print(f"the fused kernel is ready: {facts()['path']}")
+    if "--cuda" in arguments:
+        try:
+            load(cuda=True)
+        except KernelUnavailable as reason:
+            sys.exit(f"no fused kernel for CUDA: {reason}")
+        print(f"the CUDA kernels for {facts()['CUDA architectures']} are ready: {facts()['CUDA path']}")
+
+
+if __name__ == "__main__":  # `make install` builds ahead, so that the first run need not wait
+    main(sys.argv[1:])

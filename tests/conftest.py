@@ -37,6 +37,11 @@ TEXTS = [
 ]
 
 
+def python_path(folder: Path | str) -> dict[str, str]:
+    """For the environment of a command: modules are looked for in the folder first, then where they were before."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 MODULES = ("generate", "rewards", "evaluate", "best_of_n", "reward_report")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import python_path
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = ("--rows", "8", "--vocab", "101", "--linear", "8", "4", "101", "--rounds", "2", "--threads", "1", "--no-build")
@@ -282,7 +283,7 @@ while True:
 @pytest.fixture
 def toy(bench, tmp_path, monkeypatch):
     """Workers that keep 16 MiB more in each round, and what `_rounds` has."""
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+    monkeypatch.setenv("PYTHONPATH", python_path(FOLDER)["PYTHONPATH"])
     path, rounds = tmp_path / "toy.py", bench("_rounds")
     path.write_text(TOY)
     workers = {name: rounds.Worker(sys.executable, path, name, 1) for name in "ab"}

@@ -14,6 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from conftest import python_path
 from safetensors.torch import load_file, save_file
 from test_model import CONFIG, EOT, rough, tokens_of
 from torch.nn.utils.rnn import pad_sequence
@@ -330,7 +331,7 @@ print(extra, sum(p.numel() for p in model.parameters()) * 4)
     theirs = GPT2LMHeadModel(hf_config(**config)).to(torch.float32 if wide == 1 else torch.bfloat16)
     theirs.save_pretrained(tmp_path / "large", max_shard_size="1GB" if wide == 1 else "10MB")
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, cwd=ROOT / "tests",
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+                          env=os.environ | python_path(ROOT))  # fmt: skip
     assert done.returncode == 0, done.stderr
     extra, size = map(int, done.stdout.split())
     assert size <= extra < 1.6 * size
@@ -564,7 +565,7 @@ def test_what_is_no_name_of_the_hub_never_goes_there(cache, monkeypatch, name):
 def test_a_cached_model_is_all_that_a_command_needs(cache, tiny_run):
     """In a process of its own, through the variables that huggingface_hub reads."""
     put(cache, "gpt2", tiny_run)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)} | python_path(ROOT)
     Path("data.jsonl").write_text("".join(f'{{"text": "book {i}"}}\n' for i in range(8)))
     command = [ROOT / "train_sft.py", "--data", "data.jsonl", "--init", "gpt2", "--out", "out", "--steps", "1"]
     command += ["--device", "cpu", "--kernel", "reference", "--batch-size", "2"]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import python_path
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +57,7 @@ def test_the_data_are_the_same_in_another_process_whatever_its_hash_salt():
     code = f"import zlib, minirlhf.helpdesk as h; seed = 5; print(zlib.crc32(repr({MADE}).encode()))"
     digests = set()
     for salt in ("1", "2"):
-        env = os.environ | {"PYTHONHASHSEED": salt, "PYTHONPATH": str(Path(helpdesk.__file__).parents[1])}
+        env = os.environ | {"PYTHONHASHSEED": salt} | python_path(Path(helpdesk.__file__).parents[1])
         ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         digests.add(ran.stdout)
     assert len(digests) == 1

@@ -362,6 +362,92 @@ def test_first_errors_of_a_page():
     ]
 
 
+def test_the_linker_s_word_comes_first():
+    page = """[2/2] c++ a.o -shared -lcudart -o a.so
+        FAILED: [code=1] a.so
+        c++ a.o -shared -lcudart -o a.so
+        /usr/bin/ld: cannot find -lcudart: No such file or directory
+        collect2: error: ld returned 1 exit status
+        ninja: build stopped: subcommand failed."""
+    assert kernels._failure("nvcc", page).split("\n  ") == [
+        "the compiler nvcc failed:",
+        "/usr/bin/ld: cannot find -lcudart: No such file or directory",
+        "collect2: error: ld returned 1 exit status",
+    ]
+
+
+# --- where CUDA is ---
+
+
+def cuda_folder(path, *, header=True, nvcc=True):
+    """As much of CUDA as is looked at."""
+    for there, file in ((header, "include/cuda_runtime.h"), (nvcc, "bin/nvcc")):
+        if there:
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            (path / file).touch()
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "INSTALLED", tmp_path / "local")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    (tmp_path / "local").mkdir()
+    return tmp_path / "local"
+
+
+def test_cuda_is_where_torch_found_it(installed, tmp_path, capsys):
+    cuda_folder(installed / "cuda-13.0")
+    found = cuda_folder(tmp_path / "mine")
+    assert kernels._find_cuda(str(found)) == str(found)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_nvcc_without_its_headers_is_looked_for_among_the_installed(installed, tmp_path, capsys):
+    wrapper = cuda_folder(tmp_path / "usr", header=False)
+    for name in ("cuda-12.8", "cuda-13.0", "cuda-13.2", "cuda-14.1", "cuda"):
+        cuda_folder(installed / name)
+    cuda_folder(installed / "cuda-13.9", nvcc=False)
+    assert kernels._find_cuda(str(wrapper)) == str(installed / "cuda-13.2"), "of torch's major version the newest"
+    assert capsys.readouterr().err == f"CUDA is taken from {installed / 'cuda-13.2'}\n"
+    for name in ("cuda-13.0", "cuda-13.2"):
+        shutil.rmtree(installed / name)
+    assert kernels._find_cuda(None) == str(installed / "cuda-14.1"), "else the newest"
+
+
+def test_no_cuda_says_where_it_was_looked_for(installed, tmp_path):
+    with pytest.raises(KernelUnavailable, match=r"nvcc is not found; install CUDA 13\.0's, or set CUDA_HOME"):
+        kernels._find_cuda(None)
+    wrapper = cuda_folder(tmp_path / "usr", header=False)
+    cuda_folder(installed / "cuda-13.0", header=False)
+    with pytest.raises(KernelUnavailable) as reason:
+        kernels._find_cuda(str(wrapper))
+    assert str(wrapper) in str(reason.value) and str(installed / "cuda-13.0") in str(reason.value)
+
+
+def test_both_libraries_are_built_when_asked_for(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(kernels, "load", lambda cuda=False: asked.append(cuda))
+    facts = {"path": "cpu.so", "CUDA path": "cuda.so", "CUDA architectures": "9.0"}
+    monkeypatch.setattr(kernels, "facts", lambda: facts)
+    kernels.main([])
+    assert asked == [False]
+    kernels.main(["--cuda"])
+    assert asked == [False, False, True]
+    assert capsys.readouterr().out.splitlines()[-1] == "the CUDA kernels for 9.0 are ready: cuda.so"
+    with pytest.raises(SystemExit, match="usage"):
+        kernels.main(["--gpu"])
+
+    def no_gpu(cuda=False):
+        if cuda:
+            raise KernelUnavailable("no GPU is visible")
+
+    monkeypatch.setattr(kernels, "load", no_gpu)
+    with pytest.raises(SystemExit, match="no fused kernel for CUDA: no GPU is visible"):
+        kernels.main(["--cuda"])
+
+
 # --- the real sources ---
 
 

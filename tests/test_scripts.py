@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import python_path
 from safetensors.torch import load_file
 
 from minirlhf import helpdesk
@@ -723,7 +724,7 @@ def test_every_argument_is_explained(commands, monkeypatch, capsys, script):
 @pytest.mark.parametrize("name", ["generate", "rewards", "evaluate", "best_of_n", "reward_report", "plot"])
 def test_a_module_says_how_it_is_called(tmp_path, name):
     command = [sys.executable, "-m", f"minirlhf.{name}", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | python_path(ROOT))
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: python -m minirlhf.{name} ")
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import python_path
 
 import simt
 
@@ -149,7 +150,7 @@ def test_rounding_is_torchs(cases):
 def test_several_processes_compile_once(tmp_path):
     """They all get the same program, whole."""
     script = "import simt; print(simt.compiled('cases.cpp', ['-O0']))"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(simt.HERE.parent)}
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | python_path(simt.HERE.parent)
     command = [sys.executable, "-c", script]
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     programs = {process.communicate(timeout=120)[0].strip() for process in started}
