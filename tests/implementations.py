@@ -193,6 +193,14 @@ def laid_out(x, layout):
     return wide[:, ::2]
 
 
+def moved(x, device):
+    """The same tensor on a device, with its strides and what lies between: `.to` alone would lay it out anew."""
+    if x.device.type == torch.device(device).type:
+        return x
+    everything = torch.empty(0, dtype=x.dtype).set_(x.detach().untyped_storage())
+    return everything.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def far_apart(rows, columns, stride, dtype):
     """(rows, columns) of zeros, `stride` elements from row to row, in memory that is promised and never filled."""
     size = torch.empty((), dtype=dtype).element_size() * ((rows - 1) * stride + columns)
@@ -217,9 +225,10 @@ def upstream_of(stats, seed):
 
 def gradients(impl, x, t, y=None, upstream=None, seed=0, **options):
     """The values stacked to (K, ...), their upstream gradient, and the gradients of x and y (None without y)."""
-    leaves = [z.detach().to(impl.device).requires_grad_() for z in (x, y) if z is not None]
+    leaves = [moved(z.detach(), impl.device).requires_grad_() for z in (x, y) if z is not None]
+    assert [leaf.stride() for leaf in leaves] == [z.stride() for z in (x, y) if z is not None]
     stats = [value for value in impl(leaves[0], t.to(impl.device), *leaves[1:], **options) if value is not None]
-    upstream = upstream_of(stats, seed) if upstream is None else upstream.to(impl.device)
+    upstream = upstream_of(stats, seed) if upstream is None else moved(upstream, impl.device)
     grads = torch.autograd.grad(stats, leaves, list(upstream))
     return torch.stack(stats).detach().cpu(), upstream.cpu(), [g.cpu() for g in grads]
 

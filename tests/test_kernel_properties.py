@@ -30,6 +30,7 @@ from implementations import (
     for_each,
     gradients,
     laid_out,
+    moved,
     randint,
     randn,
     upstream_of,
@@ -492,6 +493,16 @@ def test_leading_shapes_and_their_strides(impl):
             assert all(torch.equal(a, b) for a, b in zip(grads, want_grads))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_survives_the_way_to_a_device(layout):
+    """A device without memory shows it as well as a GPU: strides are kept, where `.to` gives most of them up."""
+    x = laid_out(randn(5, 33), layout)
+    there = moved(x, "meta")
+    assert (there.device.type, there.shape) == ("meta", x.shape)
+    assert (there.stride(), there.storage_offset()) == (x.stride(), x.storage_offset())
+    assert (x.to("meta").stride() == x.stride()) == (layout in ("contiguous", "transposed"))
+
+
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_offsets_past_two_to_the_31(impl, dtype):
@@ -562,7 +573,7 @@ def test_upstream_gradients_of_every_layout(impl):
         want = gradients(impl, x, t, y, upstream=torch.stack([g.contiguous()] * 4))[2]
         leaves = [z.to(impl.device).requires_grad_() for z in (x, y)]
         stats = impl(leaves[0], t.to(impl.device), leaves[1])
-        got = torch.autograd.grad(stats, leaves, [g.to(impl.device)] * 4)
+        got = torch.autograd.grad(stats, leaves, [moved(g, impl.device)] * 4)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want))
     check(impl, x, t, y, upstream=torch.stack([*layouts.values()][:4]))
 
