@@ -15,7 +15,7 @@ from minirlhf.model import GPT, GPTConfig, ScalarModel
 from minirlhf.runs import console
 from minirlhf.token_stats import _use_fused
 
-TILES = {"cpu": 16 << 20, "cuda": 128 << 20}  # bytes of logits that the fused head holds at a time, at most
+TILES = {"cpu": 16 << 20, "cuda": 64 << 20}  # bytes of logits that the fused head holds at a time, at most
 
 
 class Shape(NamedTuple):

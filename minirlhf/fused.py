@@ -20,9 +20,12 @@ SAVED = 6  # numbers a row keeps for its gradient
 STATE = 8  # numbers that describe a row after some of its columns
 # Room for tiles of logits, in elements, which policy and reference share. On a CPU 16 MiB of fp32: about what its last
 # cache holds between the product that writes a tile and the kernel that reads it, and more work between two waits for
-# the slower thread than smaller tiles give. On a GPU 128 MiB, enough to keep all of it at work.
+# the slower thread than smaller tiles give. On a GPU 32 MiB of bf16, which an H100's second cache (50 MB) holds, and no
+# more than a 32nd of all logits: that and the sums in fp32 stay below the 16th of N·V fp32 numbers that is promised.
+# `python benchmarks/op_gpu.py --tiles` measures other sizes.
 TILE_ROWS = {"cpu": 2048, "cuda": 8192}
-TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 25}
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}
+TILE_SHARE, TILE_LEAST = 32, 1 << 18  # on a GPU: of all logits, but at least so many elements
 
 
 def _stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -125,8 +128,10 @@ class Attention(torch.autograd.Function):
 
 def tiles(rows: int, columns: int, device: str, models: int = 1) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of each tile, row tile after row tile, columns from left to right."""
-    height = min(max(rows, 1), TILE_ROWS[device])
-    width = max(TILE_ELEMENTS[device] // height // models, 256)
+    height, elements = min(max(rows, 1), TILE_ROWS[device]), TILE_ELEMENTS[device]
+    if device == "cuda":
+        elements = min(elements, max(rows * columns // TILE_SHARE, TILE_LEAST))
+    width = max(elements // height // models, 256)
     for top in range(0, rows, height):
         for left in range(0, columns, width):
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, columns))
@@ -250,9 +255,13 @@ def linear_token_stats_backward(
             hidden_grad, weight_grad, vocab_size,
         )  # fmt: skip
         return (hidden.new_zeros(hidden.shape).index_copy_(0, counted, d_some) if hidden_grad else d_some), d_weight
-    wide = _stats_dtype(hidden.dtype)
-    if ref_hidden is not None and not bool(grad_stats[3].any()):  # only the KL needs the reference's logits
+    wide, on_gpu = _stats_dtype(hidden.dtype), hidden.device.type == "cuda"
+    # Only the KL needs the reference's logits. A GPU would have to be waited for to see that nobody asks for it.
+    if ref_hidden is not None and not on_gpu and not bool(grad_stats[3].any()):
         grad_stats, ref_hidden = grad_stats[:2], None
+    if on_gpu:
+        ignored = (targets == ignore_index)[:, None]
+        hidden = hidden.masked_fill(ignored, 0.0)  # NaN there times a gradient of 0 is NaN
     one_row_tile = len(targets) <= TILE_ROWS[hidden.device.type]
     make = torch.empty if len(targets) else torch.zeros  # the first tile of a sum is written, the others are added
     d_hidden = make(hidden.shape if hidden_grad else (0,), dtype=wide, device=hidden.device)
@@ -274,18 +283,32 @@ def linear_token_stats_backward(
                 _accumulate(d_hidden[rows], tile, weight[columns], first=columns.start == 0)
             if weight_grad:
                 _accumulate(d_weight[columns], tile.t(), hidden[rows], first=rows.start == 0)
+    if on_gpu and hidden_grad:
+        d_hidden.masked_fill_(ignored, 0.0)  # whatever stands in the weight
     return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
 
 
 def _counted_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """Which rows count, or None for all. The others stay out of the products: NaN times a gradient of 0 is NaN."""
+    """Which rows count, or None for all. The others stay out of the products: NaN times a gradient of 0 is NaN.
+
+    On a GPU all rows go through them, since it would have to be waited for to count: the kernels read no ignored row.
+    """
+    if targets.device.type == "cuda":
+        return None
     counted = targets != ignore_index
     return None if bool(counted.all()) else counted.nonzero().squeeze(1)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a @ b; where the total is wider than the factors, each product is rounded once before it is added."""
-    if total.dtype != a.dtype:
+    """total (+)= a @ b. Where the total is wider than the factors, a GPU adds up in its type; on a CPU each product is
+    rounded once before it is added.
+    """
+    if total.dtype != a.dtype and a.device.type == "cuda":
+        if first:
+            torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+        else:
+            torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    elif total.dtype != a.dtype:
         product = torch.mm(a, b)
         total.copy_(product) if first else total.add_(product)
     elif first:

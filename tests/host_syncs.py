@@ -1,0 +1,175 @@
+"""How often a step waits for the GPU: `python host_syncs.py CASE` prints each step's waits as JSON.
+
+Steps of training through the shipped loops and a real run's folder, on tensors of tests/pretend_cuda.py. The first step,
+with its checks, and the last, which looks at all weights, are left out.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from pretend_cuda import GPU, Pretending, pretend, waits
+
+from minirlhf import dpo, ppo, reward_model, runs, sft
+from minirlhf.data import Demonstration, Ranking
+from minirlhf.generate import generate
+from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights
+from minirlhf.rewards import RewardModelScorer
+from minirlhf.runs import Run, RunArgs
+from minirlhf.sampling import Sampling
+from minirlhf.tokenizer import Tokenizer, TokenText
+
+STEPS = 4
+TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
+CONFIG = GPTConfig(TOKENIZER.vocab_size, 160, n_layer=2, n_head=2, n_embd=32)
+G = torch.Generator().manual_seed(0)
+
+
+def text(n: int) -> TokenText:
+    return TokenText("", torch.randint(97, 122, (n,), generator=G).tolist())
+
+
+def network(scalar: bool = False, seed: int = 0) -> GPT | ScalarModel:
+    model = ScalarModel(CONFIG) if scalar else GPT(CONFIG)
+    init_weights(model, seed)
+    return model.to("cuda:0")
+
+
+class Counted(Run):
+    """A run that keeps what each of its steps waited for."""
+
+    def __init__(self, steps: int = STEPS):
+        out = Path(tempfile.mkdtemp()) / "run"
+        super().__init__(RunArgs(out=out, device="cpu", checkpoint_every=10**9), "host_syncs.py", steps)
+        self.waits: list[dict[str, int]] = []
+
+    def range(self, start: int):
+        for step in super().range(start):
+            waits.clear()
+            yield step
+            if 0 < step < self.steps - 1:
+                self.waits.append(dict(waits))
+
+
+def rankings(n: int, k: int) -> list[Ranking]:
+    return [Ranking(text(10 + i % 4), tuple(text(6 + j + i % 3) for j in range(k)), tuple(range(1, k + 1)), "")
+            for i in range(n)]  # fmt: skip
+
+
+def run_sft(run: Run, **options) -> None:
+    records = [Demonstration(text(10 + i % 5), text(8 + i % 7)) for i in range(64)]
+    config = sft.SFTConfig(steps=run.steps, batch_size=16, held_out=0.0, **options)
+    batch_at, rest = sft.batches(records, TOKENIZER, CONFIG.n_positions, config, 0)
+    sft.train(network(), batch_at, rest, config, run)
+
+
+def run_dpo(run: Run, **options) -> None:
+    config = dpo.DPOConfig(steps=run.steps, batch_size=12, held_out=0.0, **options)
+    model = network()
+    dpo.train(model, clone(model), rankings(64, 3), [], TOKENIZER, config, run, seed=0)
+
+
+def run_rm(run: Run, **options) -> None:
+    config = reward_model.RewardModelConfig(steps=run.steps, batch_size=8, held_out=0.0, **options)
+    batch_at, rest = reward_model.batches(rankings(64, 3), [], TOKENIZER, CONFIG.n_positions, config, 0)
+    reward_model.train(network(scalar=True), batch_at, rest, config, run)
+
+
+def run_ppo(run: Run, dtype: str = "fp32", **options) -> None:
+    reward = RewardModelScorer.__new__(RewardModelScorer)
+    reward.name, reward.batch_size, reward.dtype, reward.tokenizer = "rm", 16, dtype, TOKENIZER
+    reward.model = network(scalar=True, seed=5).eval().requires_grad_(False)
+    policy = network()
+    shared = options.get("critic") == "shared"
+    critic = ScalarModel(CONFIG, trunk=policy).to("cuda:0") if shared else network(scalar=True, seed=6)
+    given = {"batch_size": 32, "minibatches": 2, "microbatch_size": 4, "epochs": 2, "response_tokens": "24"}
+    config = ppo.PPOConfig(steps=run.steps, sample_every=10**9, lr=1e-5, critic_lr=1e-5, **given | options)
+    prompts = [text(10 + i % 5).tokens for i in range(config.batch_size)]
+    ppo.train(policy, clone(policy), critic, reward, lambda step: prompts, TOKENIZER, config, run, seed=0, dtype=dtype)
+
+
+def run_generate(run: Run, tokens: int = 24, sampling: Sampling | None = None, dtype: str = "fp32") -> None:
+    model, prompts = network(), [text(10 + i % 5).tokens for i in range(32)]
+    for step in run.range(0):
+        generate(model, prompts, TOKENIZER.eot, tokens, step, sampling, entropy=True, dtype=dtype)
+
+
+CASES = {
+    "sft": lambda run: run_sft(run),
+    "sft in microbatches": lambda run: run_sft(run, microbatch_size=4),
+    "dpo": lambda run: run_dpo(run),
+    "dpo in microbatches": lambda run: run_dpo(run, microbatch_size=4),
+    "rm": lambda run: run_rm(run),
+    "rm alone": lambda run: run_rm(run, sft_coef=0.0),
+    "rm in microbatches": lambda run: run_rm(run, microbatch_size=2),
+    "ppo": lambda run: run_ppo(run),
+    "ppo, whole minibatches": lambda run: run_ppo(run, microbatch_size=0, epochs=1),
+    "ppo, long and steered": lambda run: run_ppo(
+        run, response_tokens="64:96", minibatches=4, kl_target=1.0, normalise_reward=True
+    ),
+    "ppo, shared critic": lambda run: run_ppo(run, critic="shared"),
+    "ppo, exact KL in the loss": lambda run: run_ppo(run, kl_in="both", kl_estimator="exact"),
+    "ppo, bf16": lambda run: run_ppo(run, dtype="bf16"),
+    "generate": lambda run: run_generate(run),
+    "generate, longer": lambda run: run_generate(run, tokens=120),
+    "generate, bf16": lambda run: run_generate(run, dtype="bf16"),
+    "generate, cut and penalised": lambda run: run_generate(
+        run, 40, Sampling(0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2, min_new_tokens=3)
+    ),
+}
+
+
+def each_kind() -> dict[str, int]:
+    """One wait of each kind, and what is none."""
+    x = torch.arange(6, device="cuda:0").view(2, 3)
+    waits.clear()
+    x.sum().item()
+    bool(x.any())
+    x.tolist()
+    x.cpu()
+    x.nonzero()
+    x[x > 2]
+    x[torch.tensor([0])]
+    torch.tensor([1.0], device="cuda:0")
+    torch.ones(3).to("cuda:0")
+    x.float().copy_(torch.ones(2, 3))
+    torch.ones(2, 3).copy_(x)
+    x.unique()
+    counted = {name.partition(" at ")[0]: n for name, n in waits.items()}
+    waits.clear()
+    up = torch.ones(2, 3).pin_memory().to("cuda:0", non_blocking=True)
+    down = torch.empty(2, 3).pin_memory().copy_(up, non_blocking=True)
+    assert down.sum() == 6
+    torch.where(x > 2, x, 0).masked_fill(x > 3, 1).index_select(0, torch.zeros(1, dtype=torch.long, device="cuda:0"))
+    up.masked_scatter(x > 2, up)
+    counted["none"] = sum(waits.values())
+    for mixed in (lambda: up + torch.ones(2, 3), lambda: torch.cat([up, torch.ones(2, 3)])):
+        try:
+            mixed()
+        except RuntimeError as error:
+            counted[str(error)] = 1
+    up + torch.tensor(1.0)  # a number may come from the CPU
+    return counted
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    runs.console.quiet = True
+    runs.pick_device = lambda name: GPU
+    pretend()
+    with Pretending():
+        if sys.argv[1] == "each kind":
+            print(json.dumps(each_kind()))
+            return
+        found = {}
+        for case in sys.argv[1:]:
+            run = Counted()
+            CASES[case](run)
+            found[case] = run.waits
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
