@@ -12,6 +12,9 @@ in C++ (csrc/cpu/decode_step.cpp), and multiplies with weights that are laid out
       stores both, and the query is used where it lies;
     - rows that are done leave, and the last rows move into their places (`move`, which beam search uses, too);
     - memory is kept from one call to the next: fresh pages cost more than the step that fills them.
+
+Where a step is compiled (torch.compile, on a CPU) or captured (`minirlhf.drawing`, on a GPU), its shapes are few: rows
+are a power of two, and attention reads a multiple of 64 slots.
 """
 
 import contextlib
@@ -26,12 +29,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minirlhf import InputError
+from minirlhf import InputError, drawing
+from minirlhf.data import upload
 from minirlhf.model import GPT, attention, gelu
 from minirlhf.token_stats import _use_fused
 
-SLOTS = 64  # compiled: attention reads a multiple of so many slots, and rows are a power of two, so that shapes repeat
+SLOTS = 64  # of static steps: attention reads a multiple of so many slots
 PREFILL_TOKENS = 8192  # of prompts that are read at a time
 LEAVE = 0.25  # rows that are done leave once they are this share: moving the others costs as much as a step or two
 CACHED = 1 << 25  # bytes of a model whose weights each thread reads by itself
@@ -78,13 +83,23 @@ class Decoder:
 
     def __init__(self, dtype: str = "fp32", compile: bool = False):
         self.dtype, self.compile = DTYPES[dtype], compile
-        self.kept: dict[str, Tensor] = {}  # what must stay where it is for compiled steps
+        self.kept: dict[str, Tensor] = {}  # what must stay where it is for static steps
+        self.captured = drawing.Steps()
+        self.capacity = self.slots = 0
         self.room: Tensor | None = None  # keys and values live here, in whatever shape a call has
 
     def start(
         self, model: GPT, prompts: Sequence[Sequence[int]], ends: Sequence[int], kernel: str = "auto", copies: int = 1
     ) -> Float[Tensor, "B V"]:
-        """Read the prompts; return the logits of each row's first new token, (B, V).
+        """`begin`, and the first step: the logits of each row's first new token, (B, V)."""
+        self.begin(model, prompts, ends, kernel, copies)
+        tokens = torch.tensor([prompt[-1] for prompt in prompts])
+        return self.step(upload(tokens, model.wte.weight.device))
+
+    def begin(
+        self, model: GPT, prompts: Sequence[Sequence[int]], ends: Sequence[int], kernel: str = "auto", copies: int = 1
+    ) -> None:
+        """Read the prompts but for the last token of each, with which the first step begins.
 
         Args:
             model: whose weights; they are read anew at each start.
@@ -94,57 +109,78 @@ class Decoder:
             copies: rows that `move` may make of each.
         """
         config, device = model.config, model.wte.weight.device
-        self.forward = _compiled(device.type) if self.compile else _forward
+        self.static = self.compile or device.type == "cuda" or drawing.can_capture(device, kernel)
+        self.forward = _compiled() if self.compile and device.type == "cpu" else _forward
         self.kernel, self.vocab_size = kernel, config.vocab_size
         packing = "none" if self.compile else packing_of(model, self.dtype, kernel)
         self.weights = self._keep_weights(_weights(model, self.dtype, packing))
         B, H, S = len(prompts), config.n_head, max(ends)
         capacity = B * copies
-        if self.compile:
-            capacity, S = _power_of_two(capacity), -(-S // SLOTS) * SLOTS
-        rows = range(capacity)
+        if self.static:  # and never less than the last time, so that tables stay where they are
+            capacity = max(_power_of_two(capacity), self.capacity)
+            S = max(self.rounded(S), self.slots)
+        self.capacity, rows = capacity, range(capacity)
         self.spans = [(len(prompts[i]), ends[i]) if i < B else (1, 1) for i in rows]  # row by row: prompt, end
         self.steps, self.slots = 0, S
 
-        # On a CPU, products of single rows are slower in bfloat16 than in float32.
-        dtype = self.weights.head.dtype
-        dtype = torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
+        dtype = _store_dtype(self.weights.head.dtype, device)
         shape = (config.n_layer, 2, capacity * H, S, config.n_embd // H)
         size = math.prod(shape)
         if self.room is None or self.room.numel() < size or (self.room.dtype, self.room.device) != (dtype, device):
             self.room = _room(size, dtype, device)
         # A slot that is not filled yet has weight 0, which would not hide the NaN of an earlier call.
         stores = self.room[:size].view(shape).zero_()
-        positions = torch.tensor([length - 1 for length, _ in self.spans], device=device)
+        positions = upload(torch.tensor([length - 1 for length, _ in self.spans]), device)
         ahead = torch.full((capacity, S), -math.inf, dtype=dtype, device=device)
         ahead.masked_fill_(torch.arange(S, device=device) < positions[:, None], 0.0)
         self.all = Rows(
-            stores=[self._keep(f"store {i}", store) for i, store in enumerate(stores)],
-            ahead=self._keep("ahead", ahead.repeat_interleave(H, dim=0)[:, None]),
-            first=self._keep("first", (torch.arange(2 * capacity * H, device=device) * S).view(2, capacity, H)),
-            positions=self._keep("positions", positions),
-            last=self._keep("last", torch.tensor([end - 1 for _, end in self.spans], device=device)),
+            stores=[self.keep(f"store {i}", store) if self.compile else store for i, store in enumerate(stores)],
+            ahead=self.keep("ahead", ahead.repeat_interleave(H, dim=0)[:, None]),
+            first=self.keep("first", (torch.arange(2 * capacity * H, device=device) * S).view(2, capacity, H)),
+            positions=self.keep("positions", positions),
+            last=self.keep("last", upload(torch.tensor([end - 1 for _, end in self.spans]), device)),
         )
         for part in _alike([len(prompt) - 1 for prompt in prompts]):
             self._read(prompts[part], part)
         self._narrow(B)
-        return self.step(torch.tensor([prompt[-1] for prompt in prompts], device=device))
 
     def step(self, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """The logits after one more token a row: (B,) -> (B, V), float32 or wider."""
-        reach = min(self.longest + self.steps, self.slots)
-        if self.compile:
-            reach = min(-(-reach // SLOTS) * SLOTS, self.slots)
-            tokens = F.pad(tokens, (0, len(self.now.positions) - len(tokens)))
-            torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before are no longer wanted
-        logits = self.forward(self.weights, self.now, tokens, reach, self.kernel)
+        if self.static:
+            tokens = F.pad(tokens, (0, self.width - len(tokens)))
+        logits = self.logits(tokens, self.reach)[: self.rows]
         self.steps += 1
-        logits = logits[: self.rows, : self.vocab_size]
+        return logits
+
+    def logits(self, tokens: Int[Tensor, " W"], reach: int) -> Float[Tensor, "W V"]:
+        """What a step is on the device, for all the rows that it computes; attention reads `reach` slots."""
+        logits = self.forward(self.weights, self.now, tokens, reach, self.kernel)[:, : self.vocab_size]
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def rounded(self, slots: int) -> int:
+        """For static steps the next multiple of `SLOTS`."""
+        return -(-slots // SLOTS) * SLOTS if self.static else slots
+
+    @property
+    def width(self) -> int:
+        """Rows that a step computes."""
+        return len(self.now.positions)
+
+    @property
+    def reach(self) -> int:
+        """Slots that the next step's attention reads."""
+        return min(self.rounded(self.longest + self.steps), self.slots)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Where all that a step reads or writes lies, and how the stores are cut."""
+        layers = [part for layer in self.weights.layers for pair in layer for part in pair]
+        rows = [*self.all.stores, *self.all[1:]]
+        weights = (*layers, self.weights.wte, self.weights.wpe, *self.weights.ln_f, self.weights.head)
+        return (self.capacity, self.slots, *(x.data_ptr() for x in (*weights, *rows)))
 
     def too_wide_for(self, rows: int) -> bool:
         """Whether so few rows are left that it pays to drop the others."""
-        if self.compile:
+        if self.static:
             return _power_of_two(rows) < _power_of_two(self.rows)
         return rows < self.rows and rows <= (1 - LEAVE) * self.rows
 
@@ -168,7 +204,7 @@ class Decoder:
         """From now on, steps compute the first `rows` rows."""
         self.rows = rows
         self.longest = max(length for length, _ in self.spans[:rows])
-        width, H = _power_of_two(rows) if self.compile else rows, self.all.first.shape[-1]
+        width, H = _power_of_two(rows) if self.static else rows, self.all.first.shape[-1]
         _, ahead, first, positions, last = self.all
         self.now = Rows(self.all.stores, ahead[: width * H], first[:, :width], positions[:width], last[:width])
 
@@ -184,7 +220,7 @@ class Decoder:
             return
         H = self.all.first.shape[-1]
         padded = [[*prompt[:-1], *[0] * (T - len(prompt) + 1)] for prompt in prompts]
-        x = F.embedding(torch.tensor(padded, device=device), wte) + wpe[:T]  # (B, T, D)
+        x = F.embedding(upload(torch.tensor(padded), device), wte) + wpe[:T]  # (B, T, D)
         for layer, store in zip(layers, self.all.stores):
             qkv = _linear(F.layer_norm(x, (D,), *layer.ln_1), *layer.attn)
             parted = qkv.view(B, T, H, 3, D // H).transpose(2, 3)  # (B, T, 3, H, d)
@@ -196,13 +232,14 @@ class Decoder:
             inner = _linear(F.layer_norm(x, (D,), *layer.ln_2), *layer.fc)
             x = x + _linear(gelu(inner, self.kernel), *layer.out)
 
-    def _keep(self, name: str, new: Tensor) -> Tensor:
-        """Compiled steps, which on a GPU are captured with the addresses they use: the values go where they went."""
-        if not self.compile:
+    def keep(self, name: str, new: Tensor) -> Tensor:
+        """Static steps are compiled or captured with the addresses they use: the values go where they went."""
+        if not self.static:
             return new
         old = self.kept.get(name)
         if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
-            torch._dynamo.mark_static_address(new)
+            if self.compile:
+                torch._dynamo.mark_static_address(new)
             self.kept[name] = old = new
         elif old.data_ptr() != new.data_ptr():
             old.copy_(new)
@@ -211,7 +248,7 @@ class Decoder:
     def _keep_weights(self, new: Weights) -> Weights:
         def keep(name: str, part):
             if isinstance(part, Tensor):
-                return self._keep(name, part)
+                return self.keep(name, part)
             kept = [keep(f"{name} {i}", child) for i, child in enumerate(part)]
             return type(part)(*kept) if hasattr(part, "_fields") else type(part)(kept)
 
@@ -236,9 +273,8 @@ def _forward(weights: Weights, rows: Rows, tokens: Tensor, reach: int, kernel: s
         qkv = _linear(F.layer_norm(x, (D,), *layer.ln_1), *layer.attn).view(B * H, 3, d).to(store.dtype)
         store.view(-1, d).index_put_((slots,), qkv[:, 1:].transpose(0, 1))
         keys, values = store[:, : B * H, :reach].unbind()  # each (B·H, reach, d)
-        scores = torch.baddbmm(ahead, qkv[:, :1], keys.transpose(1, 2), alpha=d**-0.5)  # (B·H, 1, reach)
-        mixed = torch.bmm(scores.softmax(-1), values).view(B, D)
-        x.add_(_linear(mixed, *layer.proj))
+        mixed = (_mixed_in_fp32 if store.device.type == "cuda" else _mixed)(qkv, keys, values, ahead)
+        x.add_(_linear(mixed.view(B, D), *layer.proj))
         inner = _linear(F.layer_norm(x, (D,), *layer.ln_2), *layer.fc)  # (B, 4D)
         x.add_(_linear(gelu(inner, kernel), *layer.out))
     positions.copy_(torch.minimum(positions + 1, last))
@@ -263,11 +299,31 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
-def _compiled(device: str) -> Callable[..., Tensor]:
-    """`_forward` for fixed shapes, one graph each; on a GPU captured, so that a step is one launch."""
+def _compiled() -> Callable[..., Tensor]:
+    """`_forward` for fixed shapes, one graph each; on a CPU, where there is nothing to capture."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    mode = "reduce-overhead" if device == "cuda" else None
-    return torch.compile(_forward, fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(_forward, fullgraph=True, dynamic=False)
+
+
+def _mixed(
+    qkv: Float[Tensor, "N 3 d"], keys: Float[Tensor, "N S d"], values: Float[Tensor, "N S d"],
+    ahead: Float[Tensor, "N 1 S"],
+) -> Float[Tensor, "N 1 d"]:  # fmt: skip
+    """One query a head over the slots behind it, N = heads of all rows."""
+    scores = torch.baddbmm(ahead, qkv[:, :1], keys.transpose(1, 2), alpha=qkv.shape[-1] ** -0.5)  # (N, 1, S)
+    return torch.bmm(scores.softmax(-1), values)
+
+
+def _mixed_in_fp32(
+    qkv: Float[Tensor, "N 3 d"], keys: Float[Tensor, "N S d"], values: Float[Tensor, "N S d"],
+    ahead: Float[Tensor, "N 1 S"],
+) -> Float[Tensor, "N 1 d"]:  # fmt: skip
+    """The same with scores in float32, whatever the type: rounded to bfloat16 they would be another policy's than that
+    which training reads. By the same operator as in training, of the kind that takes a mask.
+    """
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        mixed = F.scaled_dot_product_attention(qkv[None, :, :1], keys[None], values[None], attn_mask=ahead[None])
+    return mixed[0]
 
 
 def packing_of(model: GPT, dtype: torch.dtype | None, kernel: str) -> Packing:
@@ -324,6 +380,11 @@ def _alike(lengths: Sequence[int]) -> Iterator[slice]:
             yield slice(start, i)
             start, short, long = i, length, length
     yield slice(start, len(lengths))
+
+
+def _store_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of keys and values. On a CPU, products of single rows are slower in bfloat16 than in float32."""
+    return torch.float32 if dtype == torch.bfloat16 and device.type == "cpu" else dtype
 
 
 def _room(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,17 +18,16 @@ import tyro
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from minirlhf import InputError
+from minirlhf import InputError, drawing
 from minirlhf.beam import beam_search
-from minirlhf.data import Demonstration, expect, read_records, write_records
-from minirlhf.decode import check_context, decoder_for
+from minirlhf.data import Demonstration, expect, read_records, upload, write_records
+from minirlhf.decode import Decoder, check_context, decoder_for
 from minirlhf.model import GPT
 from minirlhf.runs import check_compiler, check_kernel, check_positive, cli, load_run, mix, pick_device
-from minirlhf.sampling import Sampling, draw, tokens_seen, uniforms
-from minirlhf.token_stats import token_stats
+from minirlhf.sampling import Sampling
 from minirlhf.tokenizer import Tokenizer
 
-LOOK_EVERY = {"cpu": 1, "cuda": 8}  # steps between two looks at who is done, for which a GPU has to be waited for
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # steps between two looks at who is done
 
 Watch = Callable[[int, list[int]], bool]
 
@@ -40,7 +40,7 @@ class Generation(NamedTuple):
     logprobs: Float[Tensor, "B R"]  # of the token drawn, under the temperature and nothing else; 0 at padding
     truncated: Bool[Tensor, " B"]  # True where the limit came before end-of-text, or before what `watch` waits for
     entropy: Float[Tensor, "B R"] | None = None  # of the distribution that logprobs are of; 0 at padding
-    lengths: Sequence[int] = ()  # of the responses, the end-of-text that was drawn included: known without a GPU
+    rows: Sequence[list[int]] = ()  # the tokens of each response, on the host, which has read them
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def generate(
         entropy: whether to return it, too.
         watch: called after each token with the row and its response so far; True ends the response there.
         dtype: of the matrix products: "fp32" takes the weights as they are, "bf16" rounds them.
-        compile: whether the steps go through torch.compile.
+        compile: whether the steps go through torch.compile on a CPU; on a GPU they are captured anyway.
 
     Returns:
         `Generation`, with R the longest response.
@@ -95,79 +95,91 @@ def generate(
         raise ValueError(f"{B} prompts want as many limits and seeds, got {len(limits)} and {len(seeds)}")
     check_context(model, prompts, limits)
 
-    # From here on, row i answers prompt live[i]: those of like length side by side, and later only those not done.
+    # Those of like length side by side. Row i of the sampler answers prompt live[i], later only those not done.
     live, R = sorted(range(B), key=lambda row: len(prompts[row])), max(limits)
     ordered = [prompts[row] for row in live]
-    u = uniforms([seeds[row] for row in live], R, device)  # (B, R)
-    limit = torch.tensor([limits[row] for row in live], device=device)
-    done = torch.zeros(B, dtype=torch.bool, device=device)
-    seen = tokens_seen(ordered, model.config.vocab_size, device) if sampling.repetition_penalty != 1 else None
     watched: dict[int, list[int]] = {row: [] for row in live} if watch is not None else {}  # rows not done, by prompt
     stopped: dict[int, int] = {}  # responses that `watch` ended, and their lengths
 
-    wide = torch.float64 if model.wte.weight.dtype == torch.float64 else torch.float32
-    tables = [torch.full((B, R), eot, device=device)]  # tokens, log-probs, entropy
-    tables += [torch.zeros(B, R, dtype=wide, device=device) for _ in range(2 if entropy else 1)]
-    drawn: list[tuple[Tensor, ...]] = []  # columns that are not in the tables yet
-
-    def settle(t: int) -> None:
-        """Put the columns up to step t into the tables."""
-        for table, columns in zip(tables, zip(*drawn)):
-            table[live, t - len(drawn) : t] = torch.stack(columns, dim=1)
-        drawn.clear()
-
     with decoder_for(model, dtype, compile) as decoder:
-        logits = decoder.start(model, ordered, [len(prompts[row]) + limits[row] for row in live], kernel)  # (B, V)
+        decoder.begin(model, ordered, [len(prompts[row]) + limits[row] for row in live], kernel)
+        drawn = drawing.Drawing(
+            ordered, [limits[row] for row in live], [seeds[row] for row in live], live, eot, sampling,
+            model.config.vocab_size, capacity=decoder.capacity, columns=decoder.rounded(R), entropy=entropy,
+            dtype=torch.float64 if model.wte.weight.dtype == torch.float64 else torch.float32, device=device,
+            keep=decoder.keep,
+        )  # fmt: skip
+        captured, look = drawing.can_capture(device, kernel), drawing.Look()
+        if captured:
+            decoder.captured.at((*decoder.addresses(), *drawn.addresses()))
         for t in range(R):
-            tokens = draw(logits, sampling, u[:, t], eot if t < sampling.min_new_tokens else None, seen)  # (B,)
-            stats = token_stats(logits, tokens, temperature=sampling.temperature or 1.0, kernel=kernel)
-            drawn.append((tokens, stats.logprobs, stats.entropy))
-            done = done | (tokens == eot) | (limit <= t + 1)
-            if seen is not None:
-                seen.scatter_(1, tokens[:, None], True)
+            forbid = eot if t < sampling.min_new_tokens else None
+            if captured:
+                width, reach = decoder.width, decoder.reach
+                step = partial(_step, decoder, drawn, width, reach, sampling, forbid, kernel)
+                decoder.captured((width, reach, sampling, forbid, kernel, eot), step)
+                decoder.steps += 1
+            else:
+                drawn.pick(decoder.step(drawn.tokens[: decoder.rows]), sampling, forbid, kernel)
             if watch is not None:
-                for i, (token, over) in enumerate(zip(tokens.tolist(), done.tolist())):
+                seen_now = (table[: decoder.rows].tolist() for table in (drawn.tokens, drawn.done))
+                for i, (token, over) in enumerate(zip(*seen_now)):
                     if live[i] not in watched:
                         continue
                     watched[live[i]].append(token)
                     if watch(live[i], list(watched[live[i]])):
-                        stopped[live[i]], done[i], over = t + 1, True, True
+                        stopped[live[i]], over = t + 1, True
+                        drawn.done[i] = True
                     if over:
                         del watched[live[i]]
             if t + 1 == R:
                 break
             if (t + 1) % LOOK_EVERY[device.type] == 0:
-                going = (~done).tolist()
-                if not any(going):
+                going = look.read(drawn.done[: decoder.rows])
+                if going is not None and not any(going):
                     break
-                if decoder.too_wide_for(sum(going)):
-                    settle(t + 1)
+                if going is not None and decoder.too_wide_for(sum(going)):
                     places = _close_ranks(going)
                     moved = [i for i, source in enumerate(places) if i != source]
-                    to, source = (torch.tensor(x, device=device) for x in (moved, [places[i] for i in moved]))
-                    decoder.move(to.long(), source.long(), len(places))
-                    live, index = [live[i] for i in places], torch.tensor(places, device=device)
-                    tokens, u, limit, done = (x[index] for x in (tokens, u, limit, done))
-                    seen = None if seen is None else seen[index]
-            logits = decoder.step(tokens)
-        settle(t + 1)
+                    to, source = (upload(torch.tensor(x).long(), device) for x in (moved, [places[i] for i in moved]))
+                    decoder.move(to, source, len(places))
+                    drawn.move(to, source, len(places))
+                    live = [live[i] for i in places]
+                look.start(drawn.done[: decoder.rows])
 
-    # A row may have been computed beyond its end.
-    responses = tables[0]
-    columns = torch.arange(R, device=device)
-    end = torch.where(responses == eot, columns + 1, R + 1).amin(-1)  # (B,), with its end-of-text
-    last = torch.tensor([stopped.get(row, limits[row]) for row in range(B)], device=device)
-    mask = columns < torch.minimum(end, last)[:, None]
-    cut_off = (end > last) & torch.tensor([row not in stopped for row in range(B)], device=device)
-    if bool(tables[1].isnan().any()):
+    # A row may have been computed beyond its end. What was drawn is read at once, and whether all of it are numbers.
+    broken = drawn.logprobs[:B].isnan().any().long()
+    *tokens, broken = torch.cat((drawn.found[:B, :R].flatten(), broken[None])).tolist()
+    if broken:
         raise InputError(
             "the model's logits are not numbers (NaN): its weights are damaged, or its training diverged; use an "
             "earlier checkpoint or another model"
         )
-    lengths = mask.sum(-1).tolist()
-    R = max(lengths)
-    responses, *numbers = (torch.where(mask, table, fill)[:, :R] for table, fill in zip(tables, (eot, 0.0, 0.0)))
-    return Generation(responses, mask[:, :R], numbers[0], cut_off, numbers[1] if entropy else None, lengths)
+    rows, truncated = [], []
+    for row in range(B):
+        own = tokens[row * R : row * R + stopped.get(row, limits[row])]
+        ended = eot in own
+        rows.append(own[: own.index(eot) + 1] if ended else own)
+        truncated.append(not ended and row not in stopped)
+    R = max(map(len, rows))
+    mask = upload(torch.arange(R) < torch.tensor([len(row) for row in rows])[:, None], device)
+    responses = upload(torch.tensor([[*row, *[eot] * (R - len(row))] for row in rows]), device)
+    logprobs = torch.where(mask, drawn.logprobs[:B, :R], 0.0)
+    entropies = None if drawn.entropy is None else torch.where(mask, drawn.entropy[:B, :R], 0.0)
+    return Generation(responses, mask, logprobs, upload(torch.tensor(truncated), device), entropies, rows)
+
+
+def _step(
+    decoder: Decoder,
+    drawn: drawing.Drawing,
+    width: int,
+    reach: int,
+    sampling: Sampling,
+    forbid: int | None,
+    kernel: str,
+) -> None:
+    """All that a step is on the device, and nothing else: it may be captured."""
+    drawn.pick(decoder.logits(drawn.tokens[:width], reach), sampling, forbid, kernel)
 
 
 def _close_ranks(going: Sequence[bool]) -> list[int]:
@@ -204,9 +216,8 @@ def sample(
         batch = prompts[start : start + batch_size]
         seeds = [mix(seed, start + row) for row in range(len(batch))]
         drawn = generate(model, batch, eot, max_new_tokens, seeds, sampling, kernel, **options)
-        lengths = drawn.mask.sum(-1).tolist()
-        for tokens, logprobs, n in zip(drawn.responses.tolist(), drawn.logprobs.tolist(), lengths):
-            responses.append(Drawn(tokens[:n], logprobs[:n]))
+        for tokens, logprobs in zip(drawn.rows, drawn.logprobs.tolist()):
+            responses.append(Drawn(tokens, logprobs[: len(tokens)]))
     return responses
 
 
@@ -320,7 +331,8 @@ class Args:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the matrix products."""
     compile: bool = False
-    """Compile the steps with torch.compile: a minute or two at the start, which only long jobs earn back."""
+    """On a CPU, compile the steps with torch.compile: a minute or two at the start, which only long jobs earn back. On
+    a GPU they are captured anyway."""
     kernel: str = "auto"
     """Which token_stats: fused (compiled at first use), reference (plain PyTorch) or auto (fused where it can be)."""
 

@@ -373,17 +373,14 @@ def rollout(
     sampling = Sampling(temperature)
     drawn = generate(policy, prompts, eot, limits, seed, sampling, kernel, dtype=dtype, compile=compile)
     starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]  # (B, 1)
-    ends = starts + torch.tensor(drawn.lengths)[:, None]
+    ends = starts + torch.tensor([len(row) for row in drawn.rows])[:, None]
     T = int(ends.max())
     position = torch.arange(T)
     counted = (position >= starts) & (position < ends)  # (B, T)
-    rows = zip(prompts, drawn.responses.tolist(), drawn.lengths)
-    episodes = [[*prompt, *response[:length]] for prompt, response, length in rows]
-    tokens = torch.tensor([[*episode, *[eot] * (T - len(episode))] for episode in episodes])
-    device = drawn.mask.device
-    return Rollout(
-        upload(tokens, device), counted, drawn.responses, drawn.mask, drawn.logprobs, drawn.truncated.cpu()
-    )  # fmt: skip
+    episodes = [[*prompt, *row] for prompt, row in zip(prompts, drawn.rows)]
+    tokens = upload(torch.tensor([[*row, *[eot] * (T - len(row))] for row in episodes]), drawn.mask.device)
+    truncated = torch.tensor([row[-1] != eot for row in drawn.rows])
+    return Rollout(tokens, counted, drawn.responses, drawn.mask, drawn.logprobs, truncated)
 
 
 def microbatches(counted: Bool[Tensor, "B T"], rows: Int[Tensor, " b"], size: int) -> Sequence[Int[Tensor, " ..."]]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from minirlhf import InputError
+from minirlhf.data import upload
 from minirlhf.runs import check_at_least, check_positive, check_share
 
 
@@ -71,11 +72,26 @@ def draw(
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     p = torch.softmax(cut(logits, sampling.top_k, sampling.top_p, sampling.min_p), dim=-1)
-    total = p.cumsum(-1, dtype=torch.float64)  # (B, V)
+    total = _running_sums(p)  # (B, V)
     # Its end, not 1, is the scale: rounding can leave no u beyond the last token. Tokens of probability 0 add nothing
     # to the sum, and are passed over.
     token = torch.searchsorted(total, u[:, None] * total[:, -1:], right=True).squeeze(-1)
     return token.clamp(max=logits.shape[-1] - 1)  # beyond the last where the logits are not numbers
+
+
+def _running_sums(p: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+    """p_1 + … + p_v for each v, in float64.
+
+    Where a GPU is to give the same bits in every run, torch sums by a table of V² numbers a row. Of several rows it
+    also has one block sum each, in one order; so a row is put beside the others, for there might be only one.
+    """
+    if p.device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return p.cumsum(-1, dtype=torch.float64)
+    torch.use_deterministic_algorithms(False)
+    try:
+        return torch.cat((p, p[:1])).cumsum(-1, dtype=torch.float64)[:-1]
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 def adjust(
@@ -123,10 +139,10 @@ def cut(logits: Float[Tensor, "B V"], top_k: int = 0, top_p: float = 1.0, min_p:
 
 def tokens_seen(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> Bool[Tensor, "B V"]:
     """True for the tokens of each prompt."""
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         seen[row, list(prompt)] = True
-    return seen
+    return upload(seen, device)
 
 
 # --- chance -----------------------------------------------------------------------------------------------------------

@@ -529,8 +529,8 @@ BUGS = (
     Bug(
         name="positions-not-reset",
         title="Positions are those of the longest prompt",
-        where="minirlhf.decode:Decoder.start",
-        before="positions = torch.tensor([length - 1 for length, _ in self.spans], device=device)",
+        where="minirlhf.decode:Decoder.begin",
+        before="positions = upload(torch.tensor([length - 1 for length, _ in self.spans]), device)",
         after="positions = torch.full((capacity,), max(length - 1 for length, _ in self.spans), device=device)",
         symptom="The first ratio is not 1, and the run stops. Without that check, much is clipped and the reward "
         "rises much less, since the policy that is trained is not the one that is sampled.",
@@ -554,7 +554,7 @@ BUGS = (
     Bug(
         name="temperature-once",
         title="The temperature is missing in one of two log-probs",
-        where="minirlhf.generate:generate",
+        where="minirlhf.drawing:Drawing.pick",
         before="stats = token_stats(logits, tokens, temperature=sampling.temperature or 1.0, kernel=kernel)",
         after="stats = token_stats(logits, tokens, kernel=kernel)",
         symptom="The first ratio is not 1, and the run stops. Without that check, half of all tokens are clipped, and "

@@ -1,7 +1,7 @@
 """How often a step waits for the GPU: `python host_syncs.py CASE` prints each step's waits as JSON.
 
-Steps of training through the shipped loops and a real run's folder, on tensors of tests/pretend_cuda.py. The first step,
-with its checks, and the last, which looks at all weights, are left out.
+Steps of training through the shipped loops and a real run's folder, on tensors of tests/pretend_cuda.py. The first
+step, with its checks, and the last, which looks at all weights, are left out.
 """
 
 import json

@@ -177,13 +177,13 @@ PYTHON_OPS: dict[str, Callable] = {}  # operations written in Python, which run 
 
 def pretend() -> None:
     """Change torch and the package for this process."""
-    from minirlhf import decode, fused, kernels
+    from minirlhf import drawing, fused, kernels
 
     for op in (fused.linear_token_stats, fused.linear_token_stats_backward):
         PYTHON_OPS[op._opoverload._schema.name.partition("::")[2]] = op._init_fn
     load = kernels.load
     kernels.load = lambda cuda=False: load()
-    decode.can_capture = lambda device: False
+    drawing.can_capture = lambda device, kernel: False  # there is nothing to be captured
     torch._C._set_only_lift_cpu_tensors(True)
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_available = lambda: True
