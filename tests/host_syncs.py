@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from pretend_cuda import GPU, Pretending, pretend, waits
 
-from minirlhf import dpo, ppo, reward_model, runs, sft
+from minirlhf import dpo, fused, ppo, reward_model, runs, sft
 from minirlhf.data import Demonstration, Ranking
 from minirlhf.generate import generate
 from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights
 from minirlhf.rewards import RewardModelScorer
 from minirlhf.runs import Run, RunArgs
 from minirlhf.sampling import Sampling
+from minirlhf.token_stats import linear_token_stats
 from minirlhf.tokenizer import Tokenizer, TokenText
 
 STEPS = 4
@@ -84,14 +85,14 @@ def run_ppo(run: Run, dtype: str = "fp32", **options) -> None:
     policy = network()
     shared = options.get("critic") == "shared"
     critic = ScalarModel(CONFIG, trunk=policy).to("cuda:0") if shared else network(scalar=True, seed=6)
-    given = {"batch_size": 32, "minibatches": 2, "microbatch_size": 4, "epochs": 2, "response_tokens": "24"}
+    given = {"batch_size": 16, "minibatches": 2, "microbatch_size": 4, "epochs": 2, "response_tokens": "18"}
     config = ppo.PPOConfig(steps=run.steps, sample_every=10**9, lr=1e-5, critic_lr=1e-5, **given | options)
     prompts = [text(10 + i % 5).tokens for i in range(config.batch_size)]
     ppo.train(policy, clone(policy), critic, reward, lambda step: prompts, TOKENIZER, config, run, seed=0, dtype=dtype)
 
 
 def run_generate(run: Run, tokens: int = 24, sampling: Sampling | None = None, dtype: str = "fp32") -> None:
-    model, prompts = network(), [text(10 + i % 5).tokens for i in range(32)]
+    model, prompts = network(), [text(10 + i % 5).tokens for i in range(12)]
     for step in run.range(0):
         generate(model, prompts, TOKENIZER.eot, tokens, step, sampling, entropy=True, dtype=dtype)
 
@@ -107,13 +108,13 @@ CASES = {
     "ppo": lambda run: run_ppo(run),
     "ppo, whole minibatches": lambda run: run_ppo(run, microbatch_size=0, epochs=1),
     "ppo, long and steered": lambda run: run_ppo(
-        run, response_tokens="64:96", minibatches=4, kl_target=1.0, normalise_reward=True
+        run, response_tokens="30:50", minibatches=4, kl_target=1.0, normalise_reward=True
     ),
     "ppo, shared critic": lambda run: run_ppo(run, critic="shared"),
     "ppo, exact KL in the loss": lambda run: run_ppo(run, kl_in="both", kl_estimator="exact"),
     "ppo, bf16": lambda run: run_ppo(run, dtype="bf16"),
     "generate": lambda run: run_generate(run),
-    "generate, longer": lambda run: run_generate(run, tokens=120),
+    "generate, longer": lambda run: run_generate(run, tokens=96),
     "generate, bf16": lambda run: run_generate(run, dtype="bf16"),
     "generate, cut and penalised": lambda run: run_generate(
         run, 40, Sampling(0.8, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2, min_new_tokens=3)
@@ -154,14 +155,43 @@ def each_kind() -> dict[str, int]:
     return counted
 
 
+def head() -> dict[str, float]:
+    """The head fused with its loss as a GPU runs it, rows that are ignored included: how far it is from the CPU's."""
+    g = torch.Generator().manual_seed(1)
+    hidden, weight, ref_hidden, ref_weight = (torch.randn(n, 24, generator=g) for n in (40, 331, 40, 331))
+    targets = torch.randint(301, (40,), generator=g)
+    targets[[3, 17]] = -100
+    upstream = torch.randn(4, 40, generator=g)
+    hidden[3], ref_hidden[17] = float("nan"), float("inf")
+    fused.TILE_ROWS, fused.TILE_LEAST = {"cpu": 16, "cuda": 16}, 1  # several tiles each way
+    fused.TILE_ELEMENTS = {"cpu": 16 * 256, "cuda": 16 * 256}
+    found = []
+    for device in ("cpu", "cuda:0"):
+        for dtype in (torch.float32, torch.bfloat16):
+            leaves = [x.to(dtype).to(device).requires_grad_() for x in (hidden, weight)]
+            rest = [targets.to(device), *(x.to(dtype).to(device) for x in (ref_hidden, ref_weight))]
+            g_there = upstream.to(device)
+            waits.clear()
+            stats = linear_token_stats(*leaves, *rest, vocab_size=301, temperature=0.7, kernel="fused")
+            grads = torch.autograd.grad(stats, leaves, list(g_there))
+            waited = sum(waits.values())
+            found.append(([x.detach().cpu().float() for x in (*stats, *grads)], waited))
+            assert all(x.isfinite().all() for x in found[-1][0])
+    far = {}
+    for name, here, there in (("fp32", found[0], found[2]), ("bf16", found[1], found[3])):
+        far[name] = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(here[0], there[0]))
+        far[f"{name} waits"] = there[1]
+    return far
+
+
 def main() -> None:
     torch.set_num_threads(1)
     runs.console.quiet = True
     runs.pick_device = lambda name: GPU
     pretend()
     with Pretending():
-        if sys.argv[1] == "each kind":
-            print(json.dumps(each_kind()))
+        if sys.argv[1] in ("each kind", "head"):
+            print(json.dumps(each_kind() if sys.argv[1] == "each kind" else head()))
             return
         found = {}
         for case in sys.argv[1:]:
