@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA source i
 CUDA_TYPES = ("float", "double", "__half", "__nv_bfloat16")
 TYPES = {"f": "float", "d": "double", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 REFERENCE = {"0": "alone", "1": "with reference"}
-KERNELS = {
-    f"{name} {t} {r}" for name in ("sum_splits", "fill_gradient") for t in TYPES.values() for r in REFERENCE.values()
-}
-KERNELS |= {"finish_rows float", "finish_rows double", "update_rows"}
+WHOLE = {"0": "of splits", "1": "whole"}
+KERNELS = {f"fill_gradient {t} {r}" for t in TYPES.values() for r in REFERENCE.values()}
+KERNELS |= {f"sum_splits {t} {r} {w}" for t in TYPES.values() for r in REFERENCE.values() for w in WHOLE.values()}
+KERNELS |= {"finish_rows float", "finish_rows double"}
 INSTANCES = """
 #include "token_stats.cuh"
 namespace minirlhf::cuda {
@@ -52,11 +52,13 @@ def register_bound(kernel: str) -> int:
     """What leaves room for the blocks a kernel counts on (`min_blocks` in sums.cuh): 65536 registers, 128 threads each.
 
     Six blocks of sums of one set of logits, five of two sets or of gradients: their loads hide each other's waiting, so
-    fewer would cost bandwidth. Three in double. The kernels with a thread a row do next to nothing.
+    fewer would cost bandwidth. Four of whole rows, which are short. Three in double. The kernels with a thread a row do
+    next to nothing.
     """
-    if kernel.startswith(("finish_rows", "update_rows")):
+    if kernel.startswith("finish_rows"):
         return 128
-    blocks = 3 if "double" in kernel else 6 if kernel.startswith("sum_splits") and "alone" in kernel else 5
+    sums = 4 if "whole" in kernel else 6 if "alone" in kernel else 5
+    blocks = 3 if "double" in kernel else sums if kernel.startswith("sum_splits") else 5
     return 65536 // (128 * blocks) // 8 * 8  # they are handed out by eights
 
 
@@ -74,10 +76,10 @@ def usage(
     found = {}
     for report in done.stderr.split("Compiling entry function ")[1:]:
         symbol = report.split("'")[1]
-        parts = re.match(rf"_ZN8minirlhf4cuda\d+([a-z_]+)(?:I({'|'.join(TYPES)})(?:Lb([01]))?E)?E", symbol)
+        parts = re.match(rf"_ZN8minirlhf4cuda\d+([a-z_]+)(?:I({'|'.join(TYPES)})(?:Lb([01])E)?(?:Lb([01])E)?E)?E", symbol)
         assert parts, f"a kernel of an unknown form: {symbol}"
-        name, element, with_ref = parts.groups()
-        kernel = " ".join(filter(None, (name, TYPES.get(element), REFERENCE.get(with_ref))))
+        name, element, with_ref, whole = parts.groups()
+        kernel = " ".join(filter(None, (name, TYPES.get(element), REFERENCE.get(with_ref), WHOLE.get(whole))))
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         shared = re.search(r"(\d+) bytes smem", report)
         found[kernel] = {

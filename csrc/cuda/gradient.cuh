@@ -13,9 +13,9 @@
 
 namespace minirlhf::cuda {
 
-template <typename R>
+template <typename R, bool with_ref>
 struct RowGradient {
-  R m_p, log_s_p, w_p, mean_p;          // p_i = w_p exp(a_i); the means are those of T a and T (a - b)
+  R m_p, log_s_p, w_p, mean_p;          // p_i / T = w_p exp(a_i); the means are those of T a and T (a - b)
   R m_q, log_s_q, mean_kl;
   R logprob, ref_logprob, slope, tilt;  // upstream; slope = -g_entropy / T, tilt = g_kl / T
   R ref_p, ref_q;                       // dy_i = ref_q exp(b_i) - ref_p exp(a_i)
@@ -25,11 +25,11 @@ struct RowGradient {
   __device__ bool dx_is_zero() const { return logprob == 0 && slope == 0 && tilt == 0; }
   __device__ bool dy_is_zero() const { return ref_logprob == 0 && tilt == 0; }
 
-  // p (start + ...) / T, by selection where p is 0. The means are subtracted first: the rest may be small beside them.
-  __device__ R share(R p, R start, R d_x, R d_y) const {
+  // p / T (start + ...), by selection where p is 0. The means are subtracted first: the rest may be small beside them.
+  __device__ R share(R p_by_temperature, R start, R d_x, R d_y) const {
     R bracket = fma(slope, d_x - mean_p, start);
-    if (tilt != 0) bracket = fma(tilt, d_x - d_y - mean_kl, bracket);
-    return p == 0 ? impossible : p * bracket * inverse_temperature;
+    if (with_ref && tilt != 0) bracket = fma(tilt, d_x - d_y - mean_kl, bracket);
+    return p_by_temperature == 0 ? impossible : p_by_temperature * bracket;
   }
   __device__ R dx(R d_x, R d_y, R e_p) const { return share(w_p * e_p, -logprob, d_x, d_y); }
   __device__ R dy(R e_p, R e_q) const {
@@ -39,7 +39,8 @@ struct RowGradient {
 
   // The target's own, with 1 - p_t as -expm1(log p_t), which keeps its digits where p_t is near 1.
   __device__ R dx_target(R d_x, R d_y) const {
-    const R log_p = d_x * inverse_temperature - log_s_p, rest = share(exp(log_p), 0, d_x, d_y);
+    const R log_p = d_x * inverse_temperature - log_s_p;
+    const R rest = share(exp(log_p) * inverse_temperature, 0, d_x, d_y);
     return logprob == 0 ? rest : rest - logprob * expm1(log_p) * inverse_temperature;
   }
   __device__ R dy_target(R d_x, R d_y) const {
@@ -50,11 +51,12 @@ struct RowGradient {
 };
 
 // From what was saved of a row and its upstream gradients, each `rows` apart.
-template <typename R>
-__device__ RowGradient<R> row_gradient(const Saved<R>& saved, const R* g, int64_t rows, bool with_ref,
-                                       R inverse_temperature) {
-  RowGradient<R> row{};
-  row.m_p = saved.m_p, row.log_s_p = saved.log_s_p, row.w_p = exp(-saved.log_s_p), row.mean_p = -fabs(saved.mean_p);
+template <bool with_ref, typename R>
+__device__ RowGradient<R, with_ref> row_gradient(const Saved<R>& saved, const R* g, int64_t rows,
+                                                 R inverse_temperature) {
+  RowGradient<R, with_ref> row{};
+  row.m_p = saved.m_p, row.log_s_p = saved.log_s_p, row.mean_p = -fabs(saved.mean_p);
+  row.w_p = exp(-saved.log_s_p) * inverse_temperature;
   row.m_q = saved.m_q, row.log_s_q = saved.log_s_q, row.mean_kl = saved.mean_kl;
   row.inverse_temperature = inverse_temperature;
   const R kl = with_ref && saved.mean_kl != inf<R> ? g[3 * rows] : 0;  // an infinite KL has no gradient to give
@@ -66,7 +68,7 @@ __device__ RowGradient<R> row_gradient(const Saved<R>& saved, const R* g, int64_
   }
   row.slope = -g[rows] * inverse_temperature;
   row.tilt = kl * inverse_temperature;
-  row.ref_p = row.tilt * row.w_p;
+  row.ref_p = kl * row.w_p;
   row.ref_q = (kl - row.ref_logprob) * exp(-saved.log_s_q) * inverse_temperature;
   row.impossible = isnan(row.logprob) || (kl != 0 && isnan(saved.mean_kl)) ? nan<R> : 0;
   return row;
@@ -84,7 +86,7 @@ __device__ void fill_zeros(const Part<T>& row, int columns) {
 // (or dy if it alone is wanted), so that it can store them whole.
 template <typename T, bool with_ref>
 __device__ void split_gradient(const Part<T>& dx, const Part<T>& dy, const Part<const T>& x, const Part<const T>& y,
-                               int columns, int target, bool in_place, const RowGradient<Real<T>>& row,
+                               int columns, int target, bool in_place, const RowGradient<Real<T>, with_ref>& row,
                                ScaledExp<Real<T>> exp) {
   using R = Real<T>;
   constexpr int vectors = chunk_vectors<with_ref>;
@@ -135,9 +137,9 @@ __global__ void __launch_bounds__(max_threads, min_blocks<T, 5>)
   for (int64_t split = blockIdx.y; split < splits.count; split += gridDim.y) {
     const int64_t begin = split * splits.columns;
     for (int64_t r = blockIdx.x; r < in.x_rows.count; r += gridDim.x) {
-      RowGradient<Real<T>> row{};  // of an ignored row: all 0
+      RowGradient<Real<T>, with_ref> row{};  // of an ignored row: all 0
       if (in.targets[r] != in.ignore_index) {
-        row = row_gradient(saved[r], grad_stats + r, in.x_rows.count, with_ref, inverse_temperature);
+        row = row_gradient<with_ref>(saved[r], grad_stats + r, in.x_rows.count, inverse_temperature);
       }
       auto dx = part_of(dx_base, dx_rows, r, in.columns, begin), dy = part_of(dy_base, dy_rows, r, in.columns, begin);
       if (dx.p && row.dx_is_zero()) fill_zeros(dx, splits.columns), dx.p = nullptr;

@@ -235,34 +235,6 @@ __device__ inline RowState empty_row() {
   return {-inf<double>, 0, 0, nan<double>, -inf<double>, 0, 0, nan<double>};
 }
 
-// Block (row, split) sums one split of a row. An ignored row is not read.
-template <typename T, bool with_ref>
-__global__ void __launch_bounds__(max_threads, min_blocks<T, with_ref ? 5 : 6>)
-    sum_splits(Input<T> in, ScaledExp<Real<T>> exp, Splits splits, RowState* parts) {
-  for (int64_t split = blockIdx.y; split < splits.count; split += gridDim.y) {
-    const int64_t begin = split * splits.columns;
-    for (int64_t row = blockIdx.x; row < in.x_rows.count; row += gridDim.x) {
-      const int64_t target = in.targets[row], t = target - in.first_column - begin;
-      if (target == in.ignore_index) continue;
-      const auto x = part_of(in.x, in.x_rows, row, in.columns, begin);
-      const auto y = part_of(in.y, in.y_rows, row, in.columns, begin);
-      const int end = min(x.after, splits.columns);
-      RowState& part = parts[row * splits.count + split];
-      if (threadIdx.x == 0) {
-        const bool met = t >= 0 && t < end;
-        part.x_t = met ? widened(x.p[t]) : nan<double>;
-        part.y_t = met && with_ref ? widened(y.p[t]) : nan<double>;
-      }
-      const Sums<Real<T>> mine = thread_sums<T, with_ref>(x, y, end, exp);
-      const Sums<double> all = merge_block<with_ref, counts_maxima<T>>(mine, exp);
-      if (threadIdx.x == 0) {
-        part.m_p = all.m_p, part.s_p = all.s_p, part.u = all.u;
-        part.m_q = all.m_q, part.s_q = all.s_q, part.v = all.v;
-      }
-    }
-  }
-}
-
 // Adds a row's parts in order.
 __device__ inline RowState merged(RowState row, const RowState* parts, int64_t count, ScaledExp<double> exp) {
   Sums<double> sums = sums_of(row);
@@ -279,21 +251,6 @@ __device__ inline RowState merged(RowState row, const RowState* parts, int64_t c
   return {sums.m_p, sums.s_p, sums.u, row.x_t, sums.m_q, sums.s_q, sums.v, row.y_t};
 }
 
-template <typename F>
-__device__ void for_each_row(int64_t rows, F f) {
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += int64_t(gridDim.x) * blockDim.x)
-    f(row);
-}
-
-// A tile's sums go into what is known of its rows.
-static __global__ void update_rows(RowState* state, bool anew, const RowState* parts, int64_t splits,
-                                   const int64_t* targets, int64_t rows, int64_t ignore_index, ScaledExp<double> exp) {
-  for_each_row(rows, [&](int64_t row) {
-    const RowState before = anew || targets[row] == ignore_index ? empty_row() : state[row];
-    state[row] = merged(before, parts + row * splits, targets[row] == ignore_index ? 0 : splits, exp);
-  });
-}
-
 // What the gradient needs of a row: with means under the policy, mean_p of x - m_p, mean_kl of (x - m_p) - (y - m_q).
 // mean_p is never positive: a positive sign, also of a zero, marks a target outside the vocabulary.
 template <typename S>
@@ -301,27 +258,34 @@ struct Saved {
   S m_p, log_s_p, m_q, log_s_q, mean_p, mean_kl;
 };
 
-// A row's end: its statistics, each `rows` apart, and what is saved.
+// Where the sums of whole rows go: into what is known of them after some tiles (`state`), or else to their end.
 template <typename S>
-__global__ void finish_rows(const RowState* parts, int64_t splits, const int64_t* targets, int64_t rows, bool with_ref,
-                            int64_t ignore_index, ScaledExp<double> exp, S* stats, Saved<S>* saved) {
-  for_each_row(rows, [&](int64_t row) {
+struct Outcome {
+  S* stats;  // each `rows` apart
+  Saved<S>* saved;
+  RowState* state;
+  bool anew;  // the first tile
+  bool with_ref;
+  int64_t rows;
+  ScaledExp<double> exp;
+
+  // A row's end: its statistics, and what is saved. An ignored row has sums of nothing.
+  __device__ void finish(int64_t row, bool ignored, const RowState& sums) const {
     double logprob = 0, entropy = 0, ref_logprob = 0, kl = 0;
     Saved<S> rest{0, 0, 0, 0, 0, 0};
-    if (targets[row] != ignore_index) {
-      const RowState sums = merged(empty_row(), parts + row * splits, splits, exp);
+    if (!ignored) {
       const double inverse_temperature = exp.scale, scaled = inverse_temperature / sums.s_p;
       const double log_s_p = sums.m_p == -inf<double> ? nan<double> : log(sums.s_p);
-      const double log_s_q = sums.m_q == -inf<double> ? nan<double> : log(sums.s_q);
       logprob = (sums.x_t - sums.m_p) * inverse_temperature - log_s_p;
       entropy = log_s_p - sums.u * scaled;
-      ref_logprob = (sums.y_t - sums.m_q) * inverse_temperature - log_s_q;
-      kl = sums.v * scaled - log_s_p + log_s_q;
       rest.m_p = static_cast<S>(sums.m_p);
       rest.log_s_p = static_cast<S>(log_s_p);
       const bool met = !isnan(sums.x_t) || !isnan(sums.y_t);
       rest.mean_p = static_cast<S>(copysign(sums.u / sums.s_p, met ? -1.0 : 1.0));
       if (with_ref) {
+        const double log_s_q = sums.m_q == -inf<double> ? nan<double> : log(sums.s_q);
+        ref_logprob = (sums.y_t - sums.m_q) * inverse_temperature - log_s_q;
+        kl = sums.v * scaled - log_s_p + log_s_q;
         rest.m_q = static_cast<S>(sums.m_q);
         rest.log_s_q = static_cast<S>(log_s_q);
         rest.mean_kl = static_cast<S>(isnan(kl) ? nan<double> : sums.v / sums.s_p);
@@ -334,6 +298,59 @@ __global__ void finish_rows(const RowState* parts, int64_t splits, const int64_t
       stats[3 * rows + row] = static_cast<S>(kl);
     }
     saved[row] = rest;
+  }
+
+  // A row's parts, in order; of an ignored row there are none.
+  __device__ void take(int64_t row, bool ignored, const RowState* parts, int64_t count) const {
+    if (state) state[row] = merged(anew || ignored ? empty_row() : state[row], parts, ignored ? 0 : count, exp);
+    else finish(row, ignored, merged(empty_row(), parts, ignored ? 0 : count, exp));
+  }
+};
+
+// Block (row, split) sums one split of a row; where a row has but one, `whole`, it takes it to its outcome, too, which
+// needs more registers. An ignored row is not read.
+template <typename T, bool with_ref, bool whole>
+__global__ void __launch_bounds__(max_threads, min_blocks<T, whole ? 4 : with_ref ? 5 : 6>)
+    sum_splits(Input<T> in, ScaledExp<Real<T>> exp, Splits splits, RowState* parts, Outcome<Real<T>> outcome) {
+  for (int64_t split = blockIdx.y; split < splits.count; split += gridDim.y) {
+    const int64_t begin = split * splits.columns;
+    for (int64_t row = blockIdx.x; row < in.x_rows.count; row += gridDim.x) {
+      const int64_t target = in.targets[row], t = target - in.first_column - begin;
+      if (target == in.ignore_index) {
+        if (whole && threadIdx.x == 0) outcome.take(row, true, nullptr, 0);
+        continue;
+      }
+      const auto x = part_of(in.x, in.x_rows, row, in.columns, begin);
+      const auto y = part_of(in.y, in.y_rows, row, in.columns, begin);
+      const int end = min(x.after, splits.columns);
+      // Asked for here, looked at when all is summed: nobody waits for them.
+      const bool met = threadIdx.x == 0 && t >= 0 && t < end;
+      T x_t{}, y_t{};
+      if (met) x_t = x.p[t];
+      if (met && with_ref) y_t = y.p[t];
+      const Sums<Real<T>> mine = thread_sums<T, with_ref>(x, y, end, exp);
+      const Sums<double> all = merge_block<with_ref, counts_maxima<T>>(mine, exp);
+      if (threadIdx.x != 0) continue;
+      const RowState part{all.m_p, all.s_p, all.u, met ? widened(x_t) : nan<double>,
+                          all.m_q, all.s_q, all.v, met && with_ref ? widened(y_t) : nan<double>};
+      if (whole) outcome.take(row, false, &part, 1);
+      else parts[row * splits.count + split] = part;
+    }
+  }
+}
+
+template <typename F>
+__device__ void for_each_row(int64_t rows, F f) {
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += int64_t(gridDim.x) * blockDim.x)
+    f(row);
+}
+
+// Rows of several splits: a thread a row takes them to their outcome. Also states that were updated tile by tile.
+template <typename S>
+__global__ void finish_rows(const RowState* parts, int64_t splits, const int64_t* targets, int64_t ignore_index,
+                            Outcome<S> outcome) {
+  for_each_row(outcome.rows, [&](int64_t row) {
+    outcome.take(row, targets[row] == ignore_index, parts + row * splits, splits);
   });
 }
 

@@ -18,7 +18,7 @@
 //   thread   takes a chunk of 16-byte vectors into registers: the chunk's maximum, then one exponential an element
 //   warp     shuffles: the largest maximum, then sums
 //   block    one split of a row: the warps' sums through shared memory, in double
-//   row      a thread of a second kernel adds the row's splits in order, in double
+//   row      a thread of a second kernel adds the row's splits in order, in double; a row of one split needs none
 //
 // Which column goes to which thread, and every order of summation, is a function of V and the type alone. So a row's
 // result is bitwise the same wherever the row lies and whatever lies around it: a row that starts off a 16-byte
@@ -32,7 +32,7 @@ namespace minirlhf::cuda {
 
 // The launches below take pointers to device memory and return the first error; without rows nothing is launched.
 //
-//   workspace    RowState[rows * splits(columns)], uninitialised
+//   workspace    RowState[rows * splits<T>(columns)], uninitialised; null will do for one split
 //   state        RowState[rows], what is known of the rows
 //   stats        Real<T>[K][rows], K = 2 or, with a reference, 4
 //   saved        Saved<Real<T>>[rows]
@@ -42,17 +42,26 @@ constexpr int64_t max_grid = 65535;  // blocks along x and y; beyond, blocks loo
 
 constexpr int64_t pieces(int64_t whole, int64_t piece) { return (whole + piece - 1) / piece; }
 
-// How rows are cut: a function of their width alone. About 16384 columns are enough to outweigh what a block has to do
-// around them, and few enough that a handful of rows keeps a GPU busy.
-inline Splits cut_of(int64_t columns) {
-  constexpr int64_t chunk = 1024;  // of every type a multiple of chunk_columns
-  const int64_t count = pieces(columns, 16384);
-  return {count, static_cast<int>(pieces(pieces(columns, chunk), count) * chunk)};
+// How rows are cut: a function of their width and type alone, into whole strides of a block, so that all its warps have
+// as much to do. Five strides, 40 KiB, outweigh what a block has to do around them, and are few enough that a handful of
+// rows keeps a GPU busy.
+template <typename T>
+Splits cut_of(int64_t columns) {
+  constexpr int64_t block = max_threads / 32 * chunk_columns<T, false>;
+  static_assert(block % (max_threads / 32 * chunk_columns<T, true>) == 0);
+  const int64_t strides = std::max<int64_t>(1, pieces(columns, block)), count = pieces(strides, 5);
+  return {count, static_cast<int>(pieces(strides, count) * block)};
 }
-inline int64_t splits(int64_t columns) { return cut_of(columns).count; }
+template <typename T>
+int64_t splits(int64_t columns) {
+  return cut_of<T>(columns).count;
+}
 
-// A row narrower than a block's chunk is given fewer threads.
-inline int threads_of(int64_t columns) { return columns <= 1024 ? 32 : max_threads; }
+// A row that a single warp takes at once is given no more.
+template <typename T>
+int threads_of(int64_t columns) {
+  return columns <= chunk_columns<T, false> ? 32 : max_threads;
+}
 
 inline dim3 grid_of(int64_t rows, int64_t parts) {
   return dim3(static_cast<unsigned>(std::min(rows, max_grid)), static_cast<unsigned>(std::min(parts, max_grid)));
@@ -61,22 +70,18 @@ inline dim3 grid_of(int64_t rows, int64_t parts) {
 constexpr int row_threads = 64;  // of the kernels with a thread a row
 inline dim3 row_grid(int64_t rows) { return grid_of(pieces(rows, row_threads), 1); }
 
+// The sums of rows of several splits, or the outcome of rows of one.
 template <typename T>
-cudaError_t launch_sums(const Input<T>& in, RowState* workspace, cudaStream_t stream) {
-  const Splits cut = cut_of(in.columns);
-  const auto kernel = in.y ? sum_splits<T, true> : sum_splits<T, false>;
-  MINIRLHF_LAUNCH(kernel, grid_of(in.x_rows.count, cut.count), threads_of(in.columns), stream, in,
-                  scaled_exp<Real<T>>(in.temperature), cut, workspace);
-  return cudaGetLastError();
-}
-
-// From states[rows * parts] to the statistics; parts = 1 for a state that was updated tile by tile.
-template <typename S>
-cudaError_t launch_finish(const RowState* states, int64_t parts, const int64_t* targets, int64_t rows, bool with_ref,
-                          double temperature, int64_t ignore_index, S* stats, Saved<S>* saved, cudaStream_t stream) {
-  if (rows == 0) return cudaSuccess;
-  MINIRLHF_LAUNCH(finish_rows<S>, row_grid(rows), row_threads, stream, states, parts, targets, rows, with_ref,
-                  ignore_index, scaled_exp<double>(temperature), stats, saved);
+cudaError_t launch_sums(const Input<T>& in, RowState* workspace, const Outcome<Real<T>>& outcome, cudaStream_t stream) {
+  const Splits cut = cut_of<T>(in.columns);
+  const auto kernel = cut.count == 1 ? (in.y ? sum_splits<T, true, true> : sum_splits<T, false, true>)
+                                     : (in.y ? sum_splits<T, true, false> : sum_splits<T, false, false>);
+  MINIRLHF_LAUNCH(kernel, grid_of(in.x_rows.count, cut.count), threads_of<T>(in.columns), stream, in,
+                  scaled_exp<Real<T>>(in.temperature), cut, workspace, outcome);
+  if (const cudaError_t error = cudaGetLastError()) return error;
+  if (cut.count == 1) return cudaSuccess;
+  MINIRLHF_LAUNCH(finish_rows<Real<T>>, row_grid(outcome.rows), row_threads, stream, workspace, cut.count, in.targets,
+                  in.ignore_index, outcome);
   return cudaGetLastError();
 }
 
@@ -85,9 +90,8 @@ cudaError_t launch_token_stats(const Input<T>& in, RowState* workspace, Real<T>*
                                cudaStream_t stream) {
   const int64_t rows = in.x_rows.count;
   if (rows == 0) return cudaSuccess;
-  if (const cudaError_t error = launch_sums(in, workspace, stream)) return error;
-  return launch_finish(workspace, splits(in.columns), in.targets, rows, in.y != nullptr, in.temperature,
-                       in.ignore_index, stats, saved, stream);
+  const ScaledExp<double> exp = scaled_exp<double>(in.temperature);
+  return launch_sums<T>(in, workspace, {stats, saved, nullptr, false, in.y != nullptr, rows, exp}, stream);
 }
 
 // A tile of columns; the first (first_column = 0) begins the state anew.
@@ -95,9 +99,19 @@ template <typename T>
 cudaError_t launch_update(const Input<T>& in, RowState* workspace, RowState* state, cudaStream_t stream) {
   const int64_t rows = in.x_rows.count;
   if (rows == 0) return cudaSuccess;
-  if (const cudaError_t error = launch_sums(in, workspace, stream)) return error;
-  MINIRLHF_LAUNCH(update_rows, row_grid(rows), row_threads, stream, state, in.first_column == 0, workspace,
-                  splits(in.columns), in.targets, rows, in.ignore_index, scaled_exp<double>(in.temperature));
+  const ScaledExp<double> exp = scaled_exp<double>(in.temperature);
+  return launch_sums<T>(in, workspace, {nullptr, nullptr, state, in.first_column == 0, in.y != nullptr, rows, exp},
+                        stream);
+}
+
+// From the state that all tiles have gone into to the statistics.
+template <typename S>
+cudaError_t launch_finish(const RowState* states, const int64_t* targets, int64_t rows, bool with_ref,
+                          double temperature, int64_t ignore_index, S* stats, Saved<S>* saved, cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  const Outcome<S> outcome{stats, saved, nullptr, false, with_ref, rows, scaled_exp<double>(temperature)};
+  MINIRLHF_LAUNCH(finish_rows<S>, row_grid(rows), row_threads, stream, states, int64_t{1}, targets, ignore_index,
+                  outcome);
   return cudaGetLastError();
 }
 
@@ -106,9 +120,9 @@ template <typename T>
 cudaError_t launch_gradient(const Input<T>& in, const Real<T>* grad_stats, const Saved<Real<T>>* saved, T* dx,
                             Rows dx_rows, T* dy, Rows dy_rows, cudaStream_t stream) {
   if (in.x_rows.count == 0 || (!dx && !dy)) return cudaSuccess;
-  const Splits cut = cut_of(in.columns + width<T> - 1);  // the first vector may begin before the row
+  const Splits cut = cut_of<T>(in.columns + width<T> - 1);  // the first vector may begin before the row
   const auto kernel = in.y ? fill_gradient<T, true> : fill_gradient<T, false>;
-  MINIRLHF_LAUNCH(kernel, grid_of(in.x_rows.count, cut.count), threads_of(in.columns), stream, in,
+  MINIRLHF_LAUNCH(kernel, grid_of(in.x_rows.count, cut.count), threads_of<T>(in.columns), stream, in,
                   scaled_exp<Real<T>>(in.temperature), static_cast<Real<T>>(1 / in.temperature), cut, grad_stats, saved,
                   dx, dx_rows, dy, dy_rows);
   return cudaGetLastError();

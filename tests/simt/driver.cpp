@@ -166,7 +166,7 @@ void run(const char* type, int64_t columns, int64_t offset, bool with_ref, doubl
         temperature,      kIgnored};
   };
   const auto parts = [](int64_t width) {
-    return std::unique_ptr<cuda::RowState[]>(new cuda::RowState[kRows * cuda::splits(width)]);
+    return std::unique_ptr<cuda::RowState[]>(new cuda::RowState[kRows * cuda::splits<T>(width)]);
   };
   const std::unique_ptr<S[]> stats(new S[count * kRows]);
   const std::unique_ptr<cuda::Saved<S>[]> saved(new cuda::Saved<S>[kRows]);
@@ -208,7 +208,7 @@ void run(const char* type, int64_t columns, int64_t offset, bool with_ref, doubl
     if (width == 0) continue;
     cuda::launch_update<T>(input(ends[tile], width), parts(width).get(), state.get(), nullptr);
   }
-  cuda::launch_finish<S>(state.get(), 1, targets.get(), kRows, with_ref, temperature, kIgnored, stats.get(),
+  cuda::launch_finish<S>(state.get(), targets.get(), kRows, with_ref, temperature, kIgnored, stats.get(),
                          saved.get(), nullptr);
   check_stats("stats of tiles");
   for (int tile = 0; tile < 3; ++tile) {

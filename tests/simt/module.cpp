@@ -62,9 +62,10 @@ cuda::Input<T> input(const Array& x, const Array& targets, const OptionalArray& 
 }
 
 // As cudaMalloc leaves it: here, all NaN.
+template <class T>
 std::vector<cuda::RowState> workspace(const Array& x) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  return std::vector<cuda::RowState>(rows_of(x).count * cuda::splits(x.shape(x.ndim() - 1)),
+  return std::vector<cuda::RowState>(rows_of(x).count * cuda::splits<T>(x.shape(x.ndim() - 1)),
                                      {nan, nan, nan, nan, nan, nan, nan, nan});
 }
 
@@ -73,7 +74,7 @@ void token_stats(Array stats, Array saved, Array x, Array targets, OptionalArray
   for_type(x, [&](auto element) {
     using T = decltype(element);
     using S = cuda::Real<T>;
-    cuda::launch_token_stats<T>(input<T>(x, targets, y, 0, temperature, ignore_index), workspace(x).data(),
+    cuda::launch_token_stats<T>(input<T>(x, targets, y, 0, temperature, ignore_index), workspace<T>(x).data(),
                                 pointer<S>(stats), pointer<cuda::Saved<S>>(saved), nullptr);
   });
 }
@@ -93,7 +94,7 @@ void update(Array state, Array x, Array targets, OptionalArray y, int64_t first_
             int64_t ignore_index) {
   for_type(x, [&](auto element) {
     using T = decltype(element);
-    cuda::launch_update<T>(input<T>(x, targets, y, first_column, temperature, ignore_index), workspace(x).data(),
+    cuda::launch_update<T>(input<T>(x, targets, y, first_column, temperature, ignore_index), workspace<T>(x).data(),
                            pointer<cuda::RowState>(state), nullptr);
   });
 }
@@ -102,7 +103,7 @@ void finish(Array stats, Array saved, Array state, Array targets, bool with_ref,
             int64_t ignore_index) {
   const auto launch = [&](auto s) {
     using S = decltype(s);
-    cuda::launch_finish<S>(pointer<cuda::RowState>(state), 1, pointer<int64_t>(targets), targets.size(), with_ref,
+    cuda::launch_finish<S>(pointer<cuda::RowState>(state), pointer<int64_t>(targets), targets.size(), with_ref,
                            temperature, ignore_index, pointer<S>(stats), pointer<cuda::Saved<S>>(saved), nullptr);
   };
   stats.itemsize() == 8 ? launch(double{}) : launch(float{});
