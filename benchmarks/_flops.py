@@ -21,6 +21,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
+from _device import settle
 
 from minirlhf.model import GPTConfig
 
@@ -118,19 +119,26 @@ def ppo_step(
 
 
 @cache
-def matrix_rate(config: GPTConfig, rows: int, dtype: torch.dtype, head: bool = False, seconds: float = 0.03) -> float:
+def matrix_rate(
+    config: GPTConfig, rows: int, dtype: torch.dtype, head: bool = False, device: str = "cpu", seconds: float = 0.03
+) -> float:
     """Operations a second in the products of this model's blocks, or of its head, with so many rows; measured now.
+
+    On a GPU with 8,192 rows, if there are fewer: of a few rows it is the launches that take time, and what is asked is
+    how far a step is from what the device can do.
 
     Args:
         config: the model's shape.
         rows: of the matrix on the left: tokens at a time.
         dtype: of the matrices.
         head: the head's product in place of the blocks' four.
+        device: where.
         seconds: how long to measure.
     """
-    D = config.n_embd
+    D, rows = config.n_embd, rows if device == "cpu" else max(rows, 8192)
     shapes = [(D, config.vocab_size)] if head else [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
-    products = [(torch.randn(rows, k, dtype=dtype), torch.randn(n, k, dtype=dtype)) for k, n in shapes]
+    given = {"dtype": dtype, "device": device}
+    products = [(torch.randn(rows, k, **given), torch.randn(n, k, **given)) for k, n in shapes]
     flops = sum(2 * rows * k * n for k, n in shapes)
     times: list[float] = []
     with torch.no_grad():
@@ -138,10 +146,11 @@ def matrix_rate(config: GPTConfig, rows: int, dtype: torch.dtype, head: bool = F
             start = time.perf_counter()
             for x, weight in products:
                 F.linear(x, weight)
+            settle(device)
             times.append(time.perf_counter() - start)
     return flops / min(times)  # what it can do, whatever else it does at times
 
 
-def floor_seconds(works: Sequence[Work], config: GPTConfig, dtype: torch.dtype) -> float:
+def floor_seconds(works: Sequence[Work], config: GPTConfig, dtype: torch.dtype, device: str = "cpu") -> float:
     """The time this machine needs for the products alone."""
-    return sum(work.flops / matrix_rate(config, work.rows, dtype, work.head) for work in works)
+    return sum(work.flops / matrix_rate(config, work.rows, dtype, work.head, device) for work in works)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _device import measure
 from _rounds import Turns
 
 from minirlhf import dpo, ppo, reward_model, sft
@@ -90,7 +91,7 @@ def make_model(config: GPTConfig, seed: int, scalar: bool = False, endless: bool
 
 
 def sampling(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    policy, tokenizer = load_run(job["folder"] / "policy")
+    policy, tokenizer = load_run(job["folder"] / "policy", device=job["device"])
     settings = accepted(generate, job["settings"])
 
     def draw(temperature: float, seed: int) -> Any:
@@ -105,8 +106,8 @@ def sampling(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
 
 
 def ppo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    policy, tokenizer = load_run(job["folder"] / "policy")
-    reward = RewardModelScorer(job["folder"] / "reward")
+    policy, tokenizer = load_run(job["folder"] / "policy", device=job["device"])
+    reward = RewardModelScorer(job["folder"] / "reward", device=job["device"])
     reward.dtype = job["settings"].get("dtype", "fp32")
     kind = job["settings"].get("critic", "separate")
     critic = ScalarModel(policy.config, trunk=policy) if kind == "shared" else clone(reward.model)
@@ -131,8 +132,8 @@ def rankings(data: dict[str, Any]) -> list[Ranking]:
 
 
 def dpo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    policy, tokenizer = load_run(job["folder"] / "policy")
-    ref, _ = load_run(job["folder"] / "reference")
+    policy, tokenizer = load_run(job["folder"] / "policy", device=job["device"])
+    ref, _ = load_run(job["folder"] / "reference", device=job["device"])
     config = dpo.DPOConfig(
         steps=job["steps"], batch_size=job["batch"], lr=LR, label_smoothing=0.0, sft_coef=0.0,
         microbatch_size=job["micro"], held_out=0.0,
@@ -151,7 +152,7 @@ def dpo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
 
 
 def rm_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    model, tokenizer = load_run(job["folder"] / "reward", scalar=True)
+    model, tokenizer = load_run(job["folder"] / "reward", scalar=True, device=job["device"])
     config = reward_model.RewardModelConfig(
         steps=job["steps"], batch_size=job["batch"], lr=LR, weight_decay=0.0, sft_coef=0.0, held_out=0.0
     )
@@ -161,7 +162,7 @@ def rm_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
 
 
 def sft_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    model, tokenizer = load_run(job["folder"] / "policy")
+    model, tokenizer = load_run(job["folder"] / "policy", device=job["device"])
     config = sft.SFTConfig(steps=job["steps"], batch_size=job["batch"], lr=LR, weight_decay=0.0, held_out=0.0)
     settings = accepted(sft.train, job["settings"])
     pairs = zip(data["prompts"], data["chosen"])
@@ -227,10 +228,12 @@ CASES = {
 def main() -> None:
     turns = Turns()
     job = json.loads(sys.argv[1])
-    job["folder"] = Path(job["folder"])
+    job = {"device": "cpu"} | job | {"folder": Path(job["folder"])}
     keep_memory()  # as every script of ours does
     torch.set_num_threads(job["threads"])
-    token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))  # builds the kernel, once for the machine
+    measure(turns, job["device"])
+    kernel_of = torch.zeros(1, 2, device=job["device"])
+    token_stats(kernel_of, torch.zeros(1, dtype=torch.long, device=job["device"]))  # built once for the machine
     CASES[job["task"]](job, json.loads((job["folder"] / "data.json").read_text()), turns)
 
 

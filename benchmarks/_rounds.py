@@ -26,7 +26,11 @@ class Turns:
     def __init__(self):
         self.answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
-        self.resting = self.begun = 0
+        self.resting = self.begun = self.rounds = 0
+        # How a round ends and what memory is, in place of the process's own: see _device.py.
+        self.settle, self.forget_peak = (lambda: None), forget_peak
+        self.peak_now, self.resting_now = (lambda: rss("VmHWM")), (lambda: rss("VmRSS"))
+        self.watch, self.watched = None, None  # a round, and what counts during it
 
     def skip(self, reason):
         """There is nothing to run here."""
@@ -36,12 +40,8 @@ class Turns:
     def ready(self, **facts):
         """Everything is set up: from here on the peak of the memory counts."""
         gc.collect()
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
-        except (AttributeError, OSError):
-            pass  # the peak is then that of the whole process, set-up included
-        self.resting = rss("VmRSS")
+        self.forget_peak()
+        self.resting = self.resting_now()
         self._say(ready=facts)
 
     def begin(self):
@@ -49,16 +49,32 @@ class Turns:
         if sys.stdin.readline().strip() != "go":
             sys.stdout.flush()
             os._exit(0)  # a library's atexit work would run while the others are timed
+        if self.rounds == self.watch:
+            self.watched.start()
+        self.settle()
         self.begun = time.perf_counter()
 
     def end(self, **about):
         """The round is done; `about` it goes to the parent beside its seconds."""
+        if self.rounds == self.watch:
+            about |= self.watched.stop()
+        self.rounds += 1
+        self.settle()
         seconds = time.perf_counter() - self.begun
-        self._say(seconds=seconds, peak=rss("VmHWM"), resting=self.resting, about=about)
+        self._say(seconds=seconds, peak=self.peak_now(), resting=self.resting, about=about)
 
     def _say(self, **what):
         self.answers.write(json.dumps(what) + "\n")
         self.answers.flush()
+
+
+def forget_peak():
+    """From here on the peak of the resident memory counts."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
+    except (AttributeError, OSError):
+        pass  # the peak is then that of the whole process, set-up included
 
 
 def rss(name):

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from _device import measure
 from _rounds import Turns
 
 LR = 1e-6
@@ -26,7 +27,7 @@ def load(job, name, scalar=False):
 
     transformers.logging.set_verbosity_error()
     kind = transformers.AutoModelForSequenceClassification if scalar else transformers.AutoModelForCausalLM
-    return kind.from_pretrained(Path(job["folder"]) / name, dtype=torch.float32)
+    return kind.from_pretrained(Path(job["folder"]) / name, dtype=torch.float32).to(job["device"])
 
 
 def make_tokenizer(job, pad="<|endoftext|>"):
@@ -60,8 +61,9 @@ def sampling(job, data, turns):
     settings |= {"eos_token_id": model.config.eos_token_id}
     if job["settings"].get("compile"):  # as the manual says to; by itself, generate compiles on a GPU only
         settings["cache_implementation"] = "static"
-        model.forward = torch.compile(model.forward)
-    prompts = torch.tensor(data["prompts"])
+        if job["device"] == "cpu":
+            model.forward = torch.compile(model.forward)
+    prompts = torch.tensor(data["prompts"], device=job["device"])
     mask = torch.ones_like(prompts)
 
     def draw(**how):
@@ -85,8 +87,9 @@ def common(job):
     bf16 = job["settings"].get("dtype") == "bf16"
     return {
         "output_dir": str(Path(job["folder"]) / "trl"), "report_to": [], "save_strategy": "no", "eval_strategy": "no",
-        "logging_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
-        "use_cpu": True, "seed": 0, "bf16": bf16, "learning_rate": LR, "adam_beta2": 0.95, "weight_decay": 0.0,
+        "logging_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0,
+        "dataloader_pin_memory": job["device"] != "cpu", "use_cpu": job["device"] == "cpu", "seed": 0,
+        "bf16": bf16, "learning_rate": LR, "adam_beta2": 0.95, "weight_decay": 0.0,
         "per_device_train_batch_size": job["batch"], "max_steps": job["steps"],
         "gradient_checkpointing": bool(job["settings"].get("checkpointing")),
         "torch_compile": bool(job["settings"].get("compile")),
@@ -230,11 +233,12 @@ CASES = {"sampling": sampling, "ppo": ppo_step, "dpo": dpo_step, "rm": rm_step, 
 
 def main():
     turns = Turns()
-    job = json.loads(sys.argv[1])
+    job = {"device": "cpu"} | json.loads(sys.argv[1])
     try:
         import torch
 
         torch.set_num_threads(job["threads"])
+        measure(turns, job["device"])
         data = json.loads((Path(job["folder"]) / "data.json").read_text())
         CASES[job["task"]](job, data, turns)
     except ImportError as error:

@@ -2,26 +2,46 @@
 
     python benchmarks/op_gpu.py                         # at most 8 minutes, the kernel's build included; no network
     python benchmarks/op_gpu.py --json results.json
+    python benchmarks/op_gpu.py --tiles --linear 8192 768 50257     # which tiles of logits are fastest
 
 First the certificate (against float64); a kernel that is wrong is not timed. Bandwidth is measured against a plain
 `copy_` of as many values. Without a GPU: one line, and exit code 2.
 """
 
+import json
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from _bench import BACKWARD, BOTH, BOTH_KL, DTYPES, FORWARD, FORWARD_KL, LINEAR, Call, Data, Row, Task, compare
+from _bench import (
+    BACKWARD,
+    BOTH,
+    BOTH_KL,
+    DTYPES,
+    FORWARD,
+    FORWARD_KL,
+    LINEAR,
+    Call,
+    Data,
+    Row,
+    Task,
+    bind,
+    compare,
+    ours,
+)
 from _peers import find_peers, implementations
 from _report import Bound, console, faster, find, finish, linear_bounds, machine, show_facts, show_rows
+from rich.box import SIMPLE
+from rich.table import Table
 
-from minirlhf import InputError
+from minirlhf import InputError, fused
 from minirlhf.certificate import certificate
 from minirlhf.kernels import KernelUnavailable, facts, load
-from minirlhf.runs import check_at_least, check_positive, cli
+from minirlhf.runs import check_at_least, check_positive, cli, write_text
 
 DEVICE = "cuda"
 TASKS = {
@@ -43,7 +63,7 @@ class Args:
     """Vocabulary sizes, but for linear; V:S is a view of V of S columns."""
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("bf16",)
     """Of the logits; the first is that of linear too."""
-    linear: tuple[int, int, int] = (2048, 256, 50257)
+    linear: tuple[int, int, int] = (8192, 768, 50257)
     """N, width and V of linear."""
     tasks: tuple[Literal["forward", "backward", "both", "forward-kl", "both-kl", "linear"], ...] = tuple(TASKS)
     """What to time."""
@@ -57,6 +77,8 @@ class Args:
     """What to time as ours."""
     no_certificate: bool = False
     """Do not check the kernel first."""
+    tiles: bool = False
+    """Time `linear` alone, with tiles of logits of several sizes, and name the fastest within the promised memory."""
     json: Path | None = None
     """Where to write the results as JSON."""
 
@@ -128,9 +150,9 @@ def copy_of(logits: torch.Tensor) -> tuple[str, Call, int]:
 
 
 def case_bounds(rows: list[Row], case: str) -> list[Bound]:
-    """85% of the copy's bandwidth, level with the kernels of others, five times as fast as eager."""
+    """85% of the copy's bandwidth, level with the kernels of others and torch.compile, five times as fast as eager."""
     bounds = []
-    for task in (FORWARD, BACKWARD, BOTH):
+    for task in (FORWARD, BACKWARD, FORWARD_KL, BOTH):
         row = find(rows, case, task.name, "ours")
         if row is None:
             continue
@@ -140,7 +162,7 @@ def case_bounds(rows: list[Row], case: str) -> list[Bound]:
             bounds += faster(rows, case, task.name, "eager", 5)
         peers = [r.implementation for r in rows if (r.case, r.task) == (case, task.name) and r.median is not None]
         for name in peers:
-            if name.startswith(("trl", "liger")):
+            if name.startswith(("trl", "liger", "torch.compile")):
                 bounds += faster(rows, case, task.name, name, 1)
     return bounds
 
@@ -163,6 +185,59 @@ def plan(args: Args) -> list[tuple[str, Task, torch.dtype, int, str]]:
         case = f"{args.dtypes[0]}, N = {n}, D = {width}, V = {vocabulary}"
         steps.append((case, LINEAR, DTYPES[args.dtypes[0]], n, str(vocabulary)))
     return steps
+
+
+class Tiles(NamedTuple):
+    """One size of the tiles in which `linear_token_stats` computes logits."""
+
+    rows: int
+    elements: int
+    seconds: float
+    extra_bytes: int
+
+
+def sweep(args: Args, clock: Any) -> list[Tiles]:
+    """`linear`, forward and backward, with tiles of several sizes: seconds, and memory beside inputs and results."""
+    n, width, vocabulary = args.linear
+    dtype = DTYPES[args.dtypes[0]]
+    call = bind(LINEAR, ours(LINEAR, args.kernel), make_data(LINEAR, n, str(vocabulary), dtype, width))
+    found: list[Tiles] = []
+    before = fused.TILE_ROWS, fused.TILE_ELEMENTS, fused.TILE_SHARE
+    try:
+        fused.TILE_SHARE = 1
+        for rows in dict.fromkeys(min(n, rows) for rows in (1024, 2048, 4096, 8192)):
+            for elements in (2**power for power in range(18, 27)):
+                if elements < 256 * rows or elements > 2 * n * vocabulary:
+                    continue
+                fused.TILE_ROWS, fused.TILE_ELEMENTS = {DEVICE: rows}, {DEVICE: elements}
+                extra = clock.extra_bytes(call)  # warms up, too
+                seconds = [clock.seconds(call) for _ in range(args.linear_rounds)]
+                found.append(Tiles(rows, elements, statistics.median(seconds), extra))
+    finally:
+        fused.TILE_ROWS, fused.TILE_ELEMENTS, fused.TILE_SHARE = before
+    return found
+
+
+def show_sweep(args: Args, found: list[Tiles]) -> Tiles | None:
+    """The table, and the fastest within the promise: a 16th of the logits in fp32."""
+    n, width, vocabulary = args.linear
+    promised = 4 * n * vocabulary // 16
+    table = Table(box=SIMPLE, title=f"tiles of linear, N = {n}, D = {width}, V = {vocabulary}", title_justify="left")
+    for column in ("rows", "elements", "ms", "extra MB", "within the promise"):
+        table.add_column(column, justify="right")
+    for one in found:
+        within = "yes" if one.extra_bytes <= promised else "no"
+        table.add_row(
+            f"{one.rows:,}", f"2^{one.elements.bit_length() - 1}", f"{1e3 * one.seconds:.3f}",
+            f"{one.extra_bytes / 1e6:.1f}", within,
+        )  # fmt: skip
+    console.print(table)
+    fits = [one for one in found if one.extra_bytes <= promised]
+    best = min(fits, key=lambda one: one.seconds, default=None)
+    if best is not None:
+        power = best.elements.bit_length() - 1
+        console.print(f"fastest within {promised / 1e6:.0f} MB: {best.rows:,} rows, 2^{power} elements")
+    return best
 
 
 def check(information: dict[str, Any], dtypes: list[torch.dtype]) -> None:
@@ -200,6 +275,14 @@ def main(args: Args) -> None:
     show_facts(information)
     if not args.no_certificate:
         check(information, [DTYPES[name] for name in args.dtypes])
+
+    if args.tiles:
+        found = sweep(args, CudaClock())
+        best = show_sweep(args, found)
+        if args.json is not None:
+            tiles = {"tiles": [one._asdict() for one in found], "best": None if best is None else best._asdict()}
+            write_text(args.json, json.dumps(information | tiles, indent=1) + "\n")
+        return
 
     rows: list[Row] = []
     bounds: list[Bound] = []

@@ -2,6 +2,8 @@
 
     python benchmarks/scaling.py                                    # tables, and scaling.png
     python benchmarks/scaling.py --axes length vocabulary --out results/scaling.png --json results/scaling.json
+    python benchmarks/scaling.py --device cuda --dtype bf16 --layers 12 24 --width 768 1024 --vocabulary 50257 \\
+        --length 512 1024 --batch 16 32 64        # sizes like GPT-2's
 
 One size changes at a time, the others stay at their first values. Beside each time stands its floor: the time that the
 matrix products alone would take here (_flops.py), at the rate that this machine has in products of these very shapes.
@@ -24,6 +26,7 @@ import _flops
 import matplotlib
 import torch
 from _bench import DTYPES
+from _device import settle
 from _ours import LR, accepted, make_model
 from _report import console, machine, show_facts
 from profile_steps import quiet
@@ -57,6 +60,8 @@ class Args:
     """Transformer blocks."""
     width: tuple[int, ...] = (128, 256, 512)
     """Of the hidden states; a multiple of 32, the width of a head."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it runs; on a GPU the floor is at the rate of large products."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """As the functions take it, where they do."""
     compile: bool = False
@@ -108,54 +113,59 @@ class Point:
 class StepRun(Run):
     """A run that keeps the seconds of its steps."""
 
-    def __init__(self, folder: str, steps: int):
+    def __init__(self, folder: str, steps: int, device: str = "cpu"):
+        self.device = device
         args = RunArgs(out=Path(folder) / "run", device="cpu", checkpoint_every=10**9)
         super().__init__(args, "scaling.py", steps)
         self.seconds: list[float] = []
 
     def range(self, start: int) -> Iterator[int]:
         for step in super().range(start):
+            settle(self.device)
             begun = time.perf_counter()
             yield step
+            settle(self.device)
             self.seconds.append(time.perf_counter() - begun)
 
 
-def train_seconds(size: Size, settings: dict[str, Any], rounds: int) -> list[float]:
+def train_seconds(size: Size, settings: dict[str, Any], rounds: int, device: str) -> list[float]:
     """Steps of sft.train on one batch of random tokens, all but the first of a row predicted."""
-    model = make_model(size.config, seed=0)
+    model = make_model(size.config, seed=0).to(device)
     tokens = torch.randint(size.vocabulary - 1, (size.batch, size.length), generator=seeded(0))
     counts = torch.ones_like(tokens, dtype=torch.bool)
     counts[:, 0] = False
     batch = Batch(tokens, torch.ones_like(counts), counts)
     config = sft.SFTConfig(steps=rounds + 2, batch_size=size.batch, lr=LR, held_out=0.0)
     with tempfile.TemporaryDirectory(prefix="scaling.") as folder:
-        run = StepRun(folder, config.steps)
+        run = StepRun(folder, config.steps, device)
         sft.train(model, lambda step: batch, [], config, run, **accepted(sft.train, settings))
     return run.seconds[1:-1]  # the first warms up, and the last looks over the weights
 
 
-def sample_seconds(size: Size, settings: dict[str, Any], rounds: int) -> list[float]:
+def sample_seconds(size: Size, settings: dict[str, Any], rounds: int, device: str) -> list[float]:
     """Batches of samples behind random prompts."""
-    model = make_model(size.config, seed=0, endless=True).eval()
+    model = make_model(size.config, seed=0, endless=True).eval().to(device)
     prompts = torch.randint(size.vocabulary - 1, (size.batch, size.prompt), generator=seeded(0)).tolist()
     seconds = []
-    for i in range(1 + rounds):
+    for i in range(2 + rounds):  # on a GPU the second captures what the first has not
         given = prompts, size.vocabulary - 1, size.length - size.prompt, i, Sampling()
+        settle(device)
         begun = time.perf_counter()
         generate(model, *given, **accepted(generate, settings))
+        settle(device)
         seconds.append(time.perf_counter() - begun)
-    return seconds[1:]
+    return seconds[2:]
 
 
-def floor(what: str, size: Size, dtype: torch.dtype) -> float:
+def floor(what: str, size: Size, dtype: torch.dtype, device: str) -> float:
     if what == "train":
         works = _flops.sft_step(size.config, size.batch, 1, size.length - 1)
     else:
         works = _flops.generation(size.config, size.batch, size.prompt, size.length - size.prompt)
-    return _flops.floor_seconds(works, size.config, dtype)
+    return _flops.floor_seconds(works, size.config, dtype, device)
 
 
-TASKS: dict[str, Callable[[Size, dict[str, Any], int], list[float]]] = {
+TASKS: dict[str, Callable[[Size, dict[str, Any], int, str], list[float]]] = {
     "train": train_seconds, "sample": sample_seconds,
 }  # fmt: skip
 
@@ -169,8 +179,8 @@ def measure(axis: str, args: Args) -> list[Point]:
         size = dataclasses.replace(first, **{axis: value})
         for what, task in TASKS.items():
             with quiet():
-                seconds = task(size, settings, args.rounds)
-            median, least = statistics.median(seconds), floor(what, size, DTYPES[args.dtype])
+                seconds = task(size, settings, args.rounds, args.device)
+            median, least = statistics.median(seconds), floor(what, size, DTYPES[args.dtype], args.device)
             start = points[what][0] if points[what] else None
             ratios = (median / start.seconds, least / start.floor) if start else (1.0, 1.0)
             points[what].append(Point(axis, value, what, median, min(seconds), least, *ratios))
@@ -223,6 +233,8 @@ def plot(points: list[Point], path: Path, title: str) -> None:
 
 def check(args: Args) -> None:
     check_at_least(1, rounds=args.rounds)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a CUDA GPU, and torch sees none; --device cpu measures the CPU")
     check_at_least(0, threads=args.threads)
     for field in dataclasses.fields(Size):
         values = getattr(args, field.name)
@@ -240,7 +252,7 @@ def main(args: Args) -> None:
     check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    information = {"machine": machine("cpu")}
+    information = {"machine": machine(args.device)}
     show_facts(information)
     first = Size(*(getattr(args, field.name)[0] for field in dataclasses.fields(Size)))
     console.print("elsewhere: " + " · ".join(f"{name} {value:,}" for name, value in vars(first).items()))
@@ -250,7 +262,8 @@ def main(args: Args) -> None:
         show(axis, new)
         points += new
     facts = information["machine"]
-    plot(points, args.out, f"{facts['cpu']}, {facts['threads']} threads, {args.dtype}; {facts['date']}")
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+    plot(points, args.out, f"{where}, {args.dtype}; {facts['date']}")
     console.print(f"written: {args.out}")
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)

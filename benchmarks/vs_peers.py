@@ -4,6 +4,7 @@
     python benchmarks/vs_peers.py                              # all but PPO and pre-training; close everything else
     python benchmarks/vs_peers.py --only dpo gpt2 --json results.json
     python benchmarks/vs_peers.py --only pretrain --nanogpt ../nanoGPT --text tinyshakespeare.txt
+    python benchmarks/vs_peers.py --device cuda --minutes 6 --json results.json     # GPT-2 small; --model medium
 
 TRL has no PPO for language models any more. Measured is that of 1.10.0, in `trl.experimental`, which is that of 1.12.0,
 the last release with one, but for a comment; it wants an
@@ -18,6 +19,9 @@ weights (from the same files), same tokens, same number of threads, no reports, 
 Ours runs in two settings: `fp32`, like for like, and `best`. Peers run as their manuals say, but without the gradient
 checkpointing that TRL turns on by itself and that costs time; with it, where memory is the question. Their fastest in
 plain fp32 is held against `fp32`, their fastest of all, in bf16 or compiled too, against `best`.
+
+On a GPU the cases have GPT-2's shapes and random weights; a round ends when the GPU is done, memory is what torch has
+allocated there, one warm-up counts how often the host waits, and the floor is at the rate of large products.
 """
 
 import dataclasses
@@ -30,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +68,13 @@ MiB = 2**20
 @dataclass(frozen=True)
 class Args:
     only: tuple[CaseName, ...] = ("sampling", "ppo", "dpo", "rm", "sft", "pretrain", "gpt2")
-    """Which cases."""
+    """Which cases; on a GPU not the last two."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where all of them run."""
+    model: Literal["small", "medium"] = "small"
+    """On a GPU: which GPT-2's shape."""
+    minutes: float = 0.0
+    """A case that would end later than this is left out, and named; 0 sets no limit."""
     settings: tuple[Literal["fp32", "best", "shared", "lean"], ...] = ("fp32", "best")
     """Of ours; without best, no peer runs in bf16 or compiled either. shared: best, and PPO's critic on the policy's
     trunk, which is another algorithm than the peer's. lean: fp32 with gradient checkpointing, for DPO."""
@@ -136,6 +147,12 @@ class Case:
             return {"": _flops.dpo_step(*given, reference)}
         return {"": {"sampling": _flops.generation, "rm": _flops.rm_step, "sft": _flops.sft_step}[self.task](*given)}
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a round: those drawn, or all that are trained on, a prompt once."""
+        responses = 2 * self.response if self.task in ("dpo", "rm") else self.response
+        return self.batch * (responses + (0 if self.task == "sampling" else self.prompt))
+
 
 # What a peer's name says; `dtype` and `compile` make it one that only `best` is compared with.
 BF16, COMPILED = {"dtype": "bf16"}, {"compile": True}
@@ -156,6 +173,22 @@ CASES: dict[str, list[Case]] = {
 }
 
 
+MEDIUM = GPTConfig(vocab_size=50257, n_positions=1024, n_layer=24, n_head=16, n_embd=1024)
+
+
+def on_gpu(config: GPTConfig) -> dict[str, list[Case]]:
+    """The cases there, of one shape."""
+    draws = {"transformers": {}, "transformers, bf16": BF16, "transformers, bf16, compiled": BF16 | COMPILED}
+    trains = {"TRL": {}, "TRL, bf16": BF16}
+    return {
+        "sampling": [Case("sampling", "sampling", config, 64, 48, 64, draws)],
+        "ppo": [Case("ppo", "ppo", config, 64, 48, 64, trains, epochs=1, minibatches=2)],
+        "dpo": [Case("dpo", "dpo", config, 16, 200, 200, trains)],
+        "rm": [Case("rm", "rm", config, 16, 200, 200, trains)],
+        "sft": [Case("sft", "sft", config, 16, 200, 200, trains)],
+    }
+
+
 @dataclass(frozen=True)
 class Row:
     """One implementation in one case. Seconds and bytes; a ratio is of medians, with its range over paired rounds."""
@@ -170,11 +203,14 @@ class Row:
     to_best: tuple[float, tuple[float, float]] | None = None
     """Times ours in the setting best."""
     peak_bytes: int | None = None
-    """The process's resident memory at its highest, set-up aside."""
+    """The process's resident memory at its highest, set-up aside; on a GPU what torch has allocated there."""
     growth_bytes: int | None = None
     """The same beyond what was resident after set-up: gradients, the optimiser's state, what the backward needs."""
     floor_share: float | None = None
     """The time that the matrix products alone would take here, over the median."""
+    tokens_per_second: float | None = None
+    host_syncs: int | None = None
+    """On a GPU: how often a round waits for it."""
     parts: dict[str, float] = field(default_factory=dict)
     """Medians of parts of a round, in seconds."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -253,7 +289,7 @@ def run_case(case: Case, args: Args, information: dict[str, Any]) -> tuple[list[
         write_inputs(case, Path(folder))
         job = {"task": case.task, "folder": folder, "threads": torch.get_num_threads(), "shape": vars(case.config)}
         job |= {"batch": case.batch, "response": case.response, "epochs": case.epochs, "micro": case.micro}
-        job |= {"minibatches": case.minibatches, "steps": args.warm_up + rounds + 1}
+        job |= {"minibatches": case.minibatches, "steps": args.warm_up + rounds + 1, "device": args.device}
         for heat in heats(case, list(wanted)):
             workers: dict[str, Worker] = {}
             absent: list[Row] = []
@@ -278,7 +314,7 @@ def run_case(case: Case, args: Args, information: dict[str, Any]) -> tuple[list[
             for worker in workers.values():
                 found = worker.facts.get("versions", {}).items()
                 information["peers"] |= {f"{name} for ppo" if case.task == "ppo" else name: v for name, v in found}
-            for row in [row for part in parts_of(case, workers) for row in tabulate(case, *part)] + absent:
+            for row in [row for part in parts_of(case, workers) for row in tabulate(case, *part, args.device)] + absent:
                 rows.setdefault((row.case, row.implementation), row)  # ours are shown from their first heat
             checks += same(case, workers)
     return list(rows.values()), checks, compare(list(rows.values()))
@@ -302,7 +338,7 @@ def parts_of(case: Case, workers: dict[str, Worker]) -> list[tuple[str, dict[str
     return parts
 
 
-def tabulate(case: Case, name: str, workers: dict[str, Worker], reference: bool) -> list[Row]:
+def tabulate(case: Case, name: str, workers: dict[str, Worker], reference: bool, device: str = "cpu") -> list[Row]:
     """Rows of what was measured side by side."""
 
     def seconds(worker: Worker) -> list[float]:
@@ -316,9 +352,8 @@ def tabulate(case: Case, name: str, workers: dict[str, Worker], reference: bool)
     rows = []
     for implementation, worker in workers.items():
         bf16 = (case.peers.get(implementation) or worker.facts.get("settings", {})).get("dtype") == "bf16"
-        floor = sum(
-            _flops.floor_seconds(part, case.config, DTYPES["bf16" if bf16 else "fp32"]) for part in works.values()
-        )
+        dtype = DTYPES["bf16" if bf16 else "fp32"]
+        floor = sum(_flops.floor_seconds(part, case.config, dtype, device) for part in works.values())
         parts = {
             key.removesuffix("_seconds"): statistics.median(about[key] for about in worker.counted)
             for key in worker.about[0]
@@ -336,6 +371,8 @@ def tabulate(case: Case, name: str, workers: dict[str, Worker], reference: bool)
                 worker.peak,
                 worker.peak - worker.resting,
                 floor / median,
+                case.tokens / median,
+                next((about["host_syncs"] for about in worker.about if "host_syncs" in about), None),
                 parts,
                 case.peers.get(implementation) or worker.facts.get("settings", {}),
             )
@@ -499,13 +536,13 @@ LEGEND = """\
 s: median of {rounds} rounds (gpt2: {slow}), in which all work once, in turn. × fp32, × best: how many times our median
 in that setting, and its range over the paired rounds. peak: resident memory at its highest after set-up; growth:
 beyond what was resident when the models were loaded. floor: the time of the matrix products alone, as fast as this
-machine does them in this precision (_flops.py), over the median."""
+machine does them in this precision (_flops.py), over the median. waits: host synchronisations in a round on a GPU."""
 
 
 def show_rows(title: str, rows: Sequence[Row]) -> None:
     table = Table(box=SIMPLE, title=escape(title), title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("implementation", no_wrap=True)
-    for column in ("s", "× fp32", "× best", "peak MiB", "growth", "floor"):
+    for column in ("s", "× fp32", "× best", "peak MiB", "growth", "floor", "tokens/s", "waits"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("of which, in s")
     previous = rows[0].case if rows else ""
@@ -523,6 +560,8 @@ def show_rows(title: str, rows: Sequence[Row]) -> None:
             "" if row.peak_bytes is None else f"{row.peak_bytes / MiB:.0f}",
             "" if row.growth_bytes is None else f"{row.growth_bytes / MiB:.0f}",
             "" if row.floor_share is None else f"{row.floor_share:.0%}",
+            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+            "" if row.host_syncs is None else str(row.host_syncs),
             escape(" ".join(part for part in (parts, row.note) if part)),
         )
     console.print(table)
@@ -539,7 +578,15 @@ def check(args: Args) -> None:
     check_at_least(1, rounds=args.rounds)
     if not args.only or not args.settings:
         raise InputError(f"--{'settings' if args.only else 'only'} needs at least one name")
-    check_at_least(0, threads=args.threads, warm_up=args.warm_up, batch=args.batch)
+    check_at_least(0, threads=args.threads, warm_up=args.warm_up, batch=args.batch, minutes=args.minutes)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a CUDA GPU, and torch sees none; --device cpu measures the CPU")
+    if args.device == "cuda" and args.warm_up < 2:
+        raise InputError(
+            f"--warm-up {args.warm_up}: on a GPU the second warm-up counts what it waits for; give 2 or more"
+        )
+    if args.device == "cpu" and args.model != "small":
+        raise InputError(f"--model {args.model} is for --device cuda; on a CPU --shape sets a model's size")
     for flag, path in (("--peer-python", args.peer_python), ("--ppo-peer-python", args.ppo_peer_python)):
         if not os.access(path, os.X_OK) or path.is_dir():
             raise InputError(f"{flag} {path}: no such program; name a Python that has the peer")
@@ -549,36 +596,51 @@ def check(args: Args) -> None:
         raise InputError(f"--text {args.text}: no such file; name a text")
 
 
+def save(path: Path | None, information: dict[str, Any], rows: list[Row], bounds: list[Bound]) -> None:
+    """What is known so far."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lists = {"rows": rows, "bounds": bounds}
+        found = {name: [dataclasses.asdict(one) for one in ones] for name, ones in lists.items()}
+        write_text(path, json.dumps(information | found, indent=1, ensure_ascii=False) + "\n")
+
+
 def main(args: Args) -> None:
     check(args)
-    cases = {
-        name: [fit(case, args.shape, args.batch, args.tokens) for case in CASES.get(name, [])] for name in args.only
-    }
+    known = on_gpu(GPT2 if args.model == "small" else MEDIUM) if args.device == "cuda" else CASES
+    everything = Args.__dataclass_fields__["only"].default
+    names = [name for name in args.only if name in known or args.device == "cpu" or args.only != everything]
+    if unknown := [name for name in names if args.device == "cuda" and name not in known]:
+        raise InputError(f"--only {unknown[0]}: not on a GPU; there are {', '.join(known)}")
+    cases = {name: [fit(case, args.shape, args.batch, args.tokens) for case in known.get(name, [])] for name in names}
     if args.threads:
         torch.set_num_threads(args.threads)
-    information: dict[str, Any] = {"machine": machine("cpu"), "peers": {}}
+    information: dict[str, Any] = {"machine": machine(args.device), "peers": {}}
     show_facts({"machine": information["machine"]})
     rows: list[Row] = []
     checks: list[Bound] = []
     bounds: list[Bound] = []
-    for name in args.only:
-        for case in cases[name] or [None]:
-            if case is None:
-                title, (new, same_as, asked) = PRETRAIN, run_pretrain(args)
-            else:
-                title, (new, same_as, asked) = case.title, run_case(case, args, information)
-            show_rows(title, new)
-            rows += new
-            checks += same_as
-            bounds += asked
+    began, longest = time.perf_counter(), 0.0
+    for case in [case for name in names for case in cases[name] or [None]]:
+        at = time.perf_counter()
+        if args.minutes and at - began + longest > 60 * args.minutes:
+            title = PRETRAIN if case is None else case.title
+            console.print(f"left out, since it would end after {args.minutes:g} minutes: {title}")
+            continue
+        if case is None:
+            title, (new, same_as, asked) = PRETRAIN, run_pretrain(args)
+        else:
+            title, (new, same_as, asked) = case.title, run_case(case, args, information)
+        longest = max(longest, time.perf_counter() - at)
+        show_rows(title, new)
+        rows += new
+        checks += same_as
+        bounds += asked
+        save(args.json, information, rows, [*checks, *bounds])
     show_facts({"peers": information["peers"]})
     console.print(LEGEND.format(rounds=args.rounds, slow=max(1, args.rounds // 2)))
     show_bounds([*checks, *bounds])
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        lists = {"rows": rows, "bounds": [*checks, *bounds]}
-        found = {name: [dataclasses.asdict(one) for one in ones] for name, ones in lists.items()}
-        write_text(args.json, json.dumps(information | found, indent=1, ensure_ascii=False) + "\n")
         console.print(f"written: {args.json}")
     ours_failed = any(row.note.startswith("failed") for row in rows if row.implementation.startswith("ours"))
     if ours_failed or not all(one.met for one in checks):

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,32 @@ def test_op_gpu_reads_columns_and_refuses_what_makes_no_sense(bench):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_tiles_of_several_sizes_are_timed_and_the_fastest_within_the_promise_is_named(bench, monkeypatch):
+    """On the CPU, with a clock that likes large tiles and a memory that knows the promise."""
+    op_gpu = bench("op_gpu")
+    monkeypatch.setattr(op_gpu, "DEVICE", "cpu")
+    before = op_gpu.fused.TILE_ROWS, op_gpu.fused.TILE_ELEMENTS, op_gpu.fused.TILE_SHARE
+    promised = 4 * 2048 * 3000 // 16
+    runs = []
+
+    class Clock:
+        def seconds(self, call):
+            call.run(call.prepare())
+            runs.append((op_gpu.fused.TILE_ROWS["cpu"], op_gpu.fused.TILE_ELEMENTS["cpu"]))
+            return 1.0 / runs[-1][1]
+
+        def extra_bytes(self, call):
+            return promised * op_gpu.fused.TILE_ELEMENTS["cpu"] // 2**20
+
+    args = op_gpu.Args(linear=(2048, 16, 3000), dtypes=("fp32",), rounds=4, tiles=True)
+    found = op_gpu.sweep(args, Clock())
+    assert {one.rows for one in found} == {1024, 2048} and {one.elements for one in found} > {2**19, 2**20, 2**21}
+    assert len(runs) == 2 * len(found)
+    assert before == (op_gpu.fused.TILE_ROWS, op_gpu.fused.TILE_ELEMENTS, op_gpu.fused.TILE_SHARE)
+    best = op_gpu.show_sweep(args, found)
+    assert best.elements == 2**20, "larger ones are faster, and take more than was promised"
+
+
 def test_extra_memory_is_what_is_neither_input_nor_result(bench):
     clock, call = bench("op_cpu").CpuClock(), bench("_bench").Call
     megabytes = 2**18  # float32 values in a MiB
@@ -323,6 +350,50 @@ def test_a_worker_that_dies_leaves_its_last_words_and_the_others_go_on(bench, to
         rounds.Worker(sys.executable, path, "d", 1)
 
 
+def test_on_a_gpu_there_are_other_cases(bench):
+    vs_peers = bench("vs_peers")
+    for config, layers in ((vs_peers.GPT2, 12), (vs_peers.MEDIUM, 24)):
+        cases = vs_peers.on_gpu(config)
+        assert set(cases) == {"sampling", "ppo", "dpo", "rm", "sft"}
+        assert {case.config.n_layer for (case,) in cases.values()} == {layers}
+    assert vs_peers.on_gpu(vs_peers.GPT2)["sampling"][0].tokens == 64 * 64
+    assert vs_peers.on_gpu(vs_peers.GPT2)["dpo"][0].tokens == 16 * (200 + 2 * 200)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["vs_peers.py", "scaling.py"])
+def test_a_gpu_asked_for_and_absent_is_one_line(script):
+    done = run(script, "--device", "cuda")
+    assert done.returncode == 2
+    said = "error: --device cuda needs a CUDA GPU, and torch sees none; --device cpu measures the CPU"
+    assert done.stderr.strip() == said
+
+
+def test_a_round_is_measured_where_it_runs(bench, monkeypatch):
+    """What a worker does on a GPU, with the device's own functions written down."""
+    device, did = bench("_device"), []
+
+    class Turns:
+        settle = forget_peak = peak_now = resting_now = watch = watched = None
+
+    turns = Turns()
+    device.measure(turns, "cpu")
+    assert turns.settle is None
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: did.append(name))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", did.append)
+    device.measure(turns, "cuda")
+    for hook in (turns.settle, turns.forget_peak, turns.peak_now, turns.resting_now):
+        hook()
+    assert did == ["synchronize", "reset_peak_memory_stats", "max_memory_allocated", "memory_allocated"]
+    did.clear()
+    turns.watched.start()
+    for text in ("called a synchronizing CUDA operation", "called a synchronizing CUDA operation", "something else"):
+        warnings.warn(text, stacklevel=1)
+    assert turns.watched.stop() == {"host_syncs": 2}
+    assert did == ["warn", "default"]
+
+
 def test_ratio_is_of_medians_and_its_range_of_pairs(bench):
     assert bench("_rounds").ratio([2.0, 4.0, 6.0], [1.0, 2.0, 6.0]) == (2.0, (1.0, 2.0))
 
@@ -513,7 +584,7 @@ def test_operations_of_a_step_add_up(bench):
 def test_the_floor_is_operations_over_the_rate(bench):
     flops = bench("_flops")
     config = bench("vs_peers").SMALL
-    rate = flops.matrix_rate(config, 64, torch.float32, False)
+    rate = flops.matrix_rate(config, 64, torch.float32, False, "cpu")
     assert rate > 1e8
     work = flops.Work(5 * rate, 64)
     begun = time.perf_counter()

@@ -76,7 +76,8 @@ def usage(
     found = {}
     for report in done.stderr.split("Compiling entry function ")[1:]:
         symbol = report.split("'")[1]
-        parts = re.match(rf"_ZN8minirlhf4cuda\d+([a-z_]+)(?:I({'|'.join(TYPES)})(?:Lb([01])E)?(?:Lb([01])E)?E)?E", symbol)
+        arguments = rf"(?:I({'|'.join(TYPES)})(?:Lb([01])E)?(?:Lb([01])E)?E)?"
+        parts = re.match(rf"_ZN8minirlhf4cuda\d+([a-z_]+){arguments}E", symbol)
         assert parts, f"a kernel of an unknown form: {symbol}"
         name, element, with_ref, whole = parts.groups()
         kernel = " ".join(filter(None, (name, TYPES.get(element), REFERENCE.get(with_ref), WHOLE.get(whole))))
