@@ -146,9 +146,10 @@ class Run:
                 f"--out {self.folder} is a run of {info['script']}, not {self.script}; name another folder"
             )
         for key, value in self.arguments.items():
-            if key not in RESUME_ONLY and info["arguments"].get(key) != value:
+            # An argument that an earlier version did not have is the same as now.
+            if key not in RESUME_ONLY and info["arguments"].get(key, value) != value:
                 raise InputError(
-                    f"--resume: {key} was {info['arguments'].get(key)!r} when {self.folder} began, now {value!r}; "
+                    f"--resume: {key} was {info['arguments'][key]!r} when {self.folder} began, now {value!r}; "
                     "resume with the same arguments, or start anew with --overwrite"
                 )
         self.written = True

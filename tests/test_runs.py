@@ -319,6 +319,15 @@ def test_some_arguments_may_change_when_resuming(tmp_path, monkeypatch):
     Run(Args(out=tmp_path / "moved", resume=True), "train_x.py", 5)
 
 
+def test_an_argument_that_an_earlier_version_did_not_have_is_no_change(tmp_path):
+    out = tmp_path / "run"
+    Run(Args(out=out), "train_x.py", 5).log(0, {})
+    info = json.loads((out / "run.json").read_text())
+    assert info["arguments"].pop("deterministic") is False
+    (out / "run.json").write_text(json.dumps(info))
+    Run(Args(out=out, resume=True), "train_x.py", 5)
+
+
 def test_a_damaged_run_json_is_no_run(tmp_path):
     for content in (b"{", b"\xff\xfe\x00", b"[]", b'{"script": "x"}', b""):
         (tmp_path / "run.json").write_bytes(content)
