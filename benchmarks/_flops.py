@@ -15,13 +15,13 @@ counts the pairs that the causal mask lets through.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from _device import settle
+from _rounds import METERS
 
 from minirlhf.model import GPTConfig
 
@@ -124,31 +124,48 @@ def matrix_rate(
 ) -> float:
     """Operations a second in the products of this model's blocks, or of its head, with so many rows; measured now.
 
-    On a GPU with 8,192 rows, if there are fewer: of a few rows it is the launches that take time, and what is asked is
-    how far a step is from what the device can do.
-
     Args:
         config: the model's shape.
         rows: of the matrix on the left: tokens at a time.
         dtype: of the matrices.
         head: the head's product in place of the blocks' four.
-        device: where.
+        device: cpu or cuda. A GPU reads the weights of as many blocks as the model has, since those of one would stay
+            in its cache, and a vocabulary padded to a multiple of 64, since others are slow. The products are one
+            CUDA graph, since Python's time is no part of the floor.
         seconds: how long to measure.
     """
-    D, rows = config.n_embd, rows if device == "cpu" else max(rows, 8192)
-    shapes = [(D, config.vocab_size)] if head else [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
-    given = {"dtype": dtype, "device": device}
-    products = [(torch.randn(rows, k, **given), torch.randn(n, k, **given)) for k, n in shapes]
-    flops = sum(2 * rows * k * n for k, n in shapes)
-    times: list[float] = []
+    D, V, new = config.n_embd, config.vocab_size, {"dtype": dtype, "device": device}
+    shapes = [(D, V)] if head else [(D, 3 * D), (D, D), (D, 4 * D), (4 * D, D)]
+    blocks = 1 if head or device == "cpu" else config.n_layer
+    given = {k: torch.randn(rows, k, **new) for k, _ in shapes}
+    unit = 1 if device == "cpu" else 64
+    weights = [torch.randn(-(-n // unit) * unit, k, **new) for _ in range(blocks) for k, n in shapes]
+    flops = blocks * sum(2 * rows * k * n for k, n in shapes)
+    meter, calls = METERS[device](), 1 if device == "cpu" else 10
+
+    def products() -> None:
+        for weight in weights:
+            F.linear(given[weight.shape[1]], weight)
+
     with torch.no_grad():
-        while len(times) < 4 or sum(times) < seconds:
+        run, times = products if device == "cpu" else _graph(products), []
+        while len(times) < 4 or calls * sum(times) < seconds:
+            meter.wait()
             start = time.perf_counter()
-            for x, weight in products:
-                F.linear(x, weight)
-            settle(device)
-            times.append(time.perf_counter() - start)
+            for _ in range(calls):
+                run()
+            meter.wait()
+            times.append((time.perf_counter() - start) / calls)
     return flops / min(times)  # what it can do, whatever else it does at times
+
+
+def _graph(function: Callable[[], None]) -> Callable[[], None]:
+    """The function's work on the GPU, without the function."""
+    function()  # what libraries set up when they are first called is no part of the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def floor_seconds(works: Sequence[Work], config: GPTConfig, dtype: torch.dtype, device: str = "cpu") -> float:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _device import measure
-from _rounds import Turns
+from _rounds import METERS, Turns
 
 from minirlhf import dpo, ppo, reward_model, sft
 from minirlhf.data import Demonstration, Ranking, Text
@@ -41,17 +40,18 @@ class TurnRun(Run):
         self, job: dict[str, Any], turns: Turns, settings: dict[str, Any], before: Callable[[], Any] | None = None
     ):
         out = Path(tempfile.mkdtemp(dir=job["folder"])) / "run"
-        super().__init__(RunArgs(out=out, device="cpu", checkpoint_every=10**9), "vs_peers.py", job["steps"])
+        super().__init__(RunArgs(out=out, device=turns.device, checkpoint_every=10**9), "vs_peers.py", job["steps"])
         self.turns, self.settings, self.before, self.metrics = turns, settings, before, {}
 
     def range(self, start: int) -> Iterator[int]:
         self.turns.ready(settings=self.settings)
         for step in super().range(start):
             self.turns.begin()
-            begun = time.perf_counter()
-            if self.before is not None:
+            begun, before = time.perf_counter(), {}
+            if self.before is not None and not self.turns.counting:  # a step's synchronisations, and no other
                 self.before()
-            before = {"reference_seconds": time.perf_counter() - begun} if self.before is not None else {}
+                self.turns.meter.wait()
+                before = {"reference_seconds": time.perf_counter() - begun}
             yield step
             self.turns.end(**self.metrics, **before)
 
@@ -91,7 +91,7 @@ def make_model(config: GPTConfig, seed: int, scalar: bool = False, endless: bool
 
 
 def sampling(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    policy, tokenizer = load_run(job["folder"] / "policy", device=job["device"])
+    policy, tokenizer = load_run(job["folder"] / "policy", device=turns.device)
     settings = accepted(generate, job["settings"])
 
     def draw(temperature: float, seed: int) -> Any:
@@ -102,12 +102,12 @@ def sampling(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     for step in range(job["steps"]):
         turns.begin()
         drawn = draw(1.0, step)
-        turns.end(tokens=int(drawn.mask.sum()))
+        turns.end(tokens=drawn.mask.sum().item)
 
 
 def ppo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    policy, tokenizer = load_run(job["folder"] / "policy", device=job["device"])
-    reward = RewardModelScorer(job["folder"] / "reward", device=job["device"])
+    policy, tokenizer = load_run(job["folder"] / "policy", device=turns.device)
+    reward = RewardModelScorer(job["folder"] / "reward", turns.device)
     reward.dtype = job["settings"].get("dtype", "fp32")
     kind = job["settings"].get("critic", "separate")
     critic = ScalarModel(policy.config, trunk=policy) if kind == "shared" else clone(reward.model)
@@ -132,8 +132,8 @@ def rankings(data: dict[str, Any]) -> list[Ranking]:
 
 
 def dpo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    policy, tokenizer = load_run(job["folder"] / "policy", device=job["device"])
-    ref, _ = load_run(job["folder"] / "reference", device=job["device"])
+    policy, tokenizer = load_run(job["folder"] / "policy", device=turns.device)
+    ref, _ = load_run(job["folder"] / "reference", device=turns.device)
     config = dpo.DPOConfig(
         steps=job["steps"], batch_size=job["batch"], lr=LR, label_smoothing=0.0, sft_coef=0.0,
         microbatch_size=job["micro"], held_out=0.0,
@@ -147,12 +147,13 @@ def dpo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     run = TurnRun(
         job, turns, settings, lambda: dpo.with_reference(ref, records, tokenizer.eot, size, False, **data_of)
     )  # fmt: skip
-    prepare(RunArgs(run.folder, checkpointing=job["settings"].get("checkpointing", False)), policy)
+    checkpointing = job["settings"].get("checkpointing", False)
+    prepare(RunArgs(run.folder, device=turns.device, checkpointing=checkpointing), policy)
     dpo.train(policy.train(), ref, rankings(data), [], tokenizer, config, run, seed=0, **settings)
 
 
 def rm_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    model, tokenizer = load_run(job["folder"] / "reward", scalar=True, device=job["device"])
+    model, tokenizer = load_run(job["folder"] / "reward", scalar=True, device=turns.device)
     config = reward_model.RewardModelConfig(
         steps=job["steps"], batch_size=job["batch"], lr=LR, weight_decay=0.0, sft_coef=0.0, held_out=0.0
     )
@@ -162,7 +163,7 @@ def rm_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
 
 
 def sft_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
-    model, tokenizer = load_run(job["folder"] / "policy", device=job["device"])
+    model, tokenizer = load_run(job["folder"] / "policy", device=turns.device)
     config = sft.SFTConfig(steps=job["steps"], batch_size=job["batch"], lr=LR, weight_decay=0.0, held_out=0.0)
     settings = accepted(sft.train, job["settings"])
     pairs = zip(data["prompts"], data["chosen"])
@@ -228,12 +229,12 @@ CASES = {
 def main() -> None:
     turns = Turns()
     job = json.loads(sys.argv[1])
-    job = {"device": "cpu"} | job | {"folder": Path(job["folder"])}
+    job["folder"] = Path(job["folder"])
     keep_memory()  # as every script of ours does
     torch.set_num_threads(job["threads"])
-    measure(turns, job["device"])
-    kernel_of = torch.zeros(1, 2, device=job["device"])
-    token_stats(kernel_of, torch.zeros(1, dtype=torch.long, device=job["device"]))  # built once for the machine
+    turns.meter = METERS[job["device"]]()
+    zeros = torch.zeros(1, 2, device=turns.device)
+    token_stats(zeros, zeros[:, 0].long())  # builds the kernel, once for the machine
     CASES[job["task"]](job, json.loads((job["folder"] / "data.json").read_text()), turns)
 
 

@@ -1,4 +1,4 @@
-"""The rest that op_cpu.py and op_gpu.py share: the tables, what was promised beside what was measured, the JSON."""
+"""The rest that the benchmarks of speed share: the tables, what was promised beside what was measured, the JSON."""
 
 import dataclasses
 import datetime
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from minirlhf import __version__
+from minirlhf import InputError, __version__, kernels
 from minirlhf.runs import write_text
 
 console = Console(highlight=False)
@@ -42,6 +42,17 @@ def machine(device: str) -> dict[str, str]:
         gpu = torch.cuda.get_device_properties(0)
         facts |= {"gpu": gpu.name, "L2": f"{gpu.L2_cache_size / 2**20:.0f} MiB", "cuda": str(torch.version.cuda)}
     return facts | {"torch": torch.__version__, "python": platform.python_version(), "minirlhf": __version__}
+
+
+def built(device: str) -> dict[str, dict[str, str]]:
+    """On a GPU, how the CUDA kernels were built: now, so that no time has it in it. Without them it is an error."""
+    if device == "cpu":
+        return {}
+    try:
+        kernels.load(cuda=True)
+    except kernels.KernelUnavailable as reason:
+        raise InputError(f"nothing to time: {reason}") from None
+    return {"kernel": kernels.facts()}
 
 
 def _cpu() -> str:

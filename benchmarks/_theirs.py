@@ -9,8 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from _device import measure
-from _rounds import Turns
+from _rounds import METERS, Turns
 
 LR = 1e-6
 
@@ -84,12 +83,11 @@ def sampling(job, data, turns):
 
 def common(job):
     """What all trainers are told: no reports, no files, no evaluation, and the fp32 or bf16 that is asked for."""
-    bf16 = job["settings"].get("dtype") == "bf16"
+    bf16, cpu = job["settings"].get("dtype") == "bf16", job["device"] == "cpu"
     return {
         "output_dir": str(Path(job["folder"]) / "trl"), "report_to": [], "save_strategy": "no", "eval_strategy": "no",
-        "logging_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0,
-        "dataloader_pin_memory": job["device"] != "cpu", "use_cpu": job["device"] == "cpu", "seed": 0,
-        "bf16": bf16, "learning_rate": LR, "adam_beta2": 0.95, "weight_decay": 0.0,
+        "logging_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0, "dataloader_pin_memory": not cpu,
+        "use_cpu": cpu, "seed": 0, "bf16": bf16, "learning_rate": LR, "adam_beta2": 0.95, "weight_decay": 0.0,
         "per_device_train_batch_size": job["batch"], "max_steps": job["steps"],
         "gradient_checkpointing": bool(job["settings"].get("checkpointing")),
         "torch_compile": bool(job["settings"].get("compile")),
@@ -102,7 +100,7 @@ def waiting(turns, facts, about):
     Args:
         turns: whose.
         facts: for `ready`.
-        about: what is known of the step, a function.
+        about: what is known of the step, a function; what is callable in it is called after the round.
     """
     from transformers import TrainerCallback
 
@@ -135,7 +133,7 @@ def run(trainer, turns, **facts):
     seen = {}
     keep_loss(trainer, seen)
     facts |= {"versions": versions("transformers", "trl")}
-    trainer.add_callback(waiting(turns, facts, lambda: {"loss": float(seen["loss"])}))
+    trainer.add_callback(waiting(turns, facts, lambda: {"loss": seen["loss"].item}))
     trainer.train()
 
 
@@ -218,8 +216,8 @@ def ppo_step(job, data, turns):
         times["updates"] = times.get("updates", 0) + 1
 
     def about():
-        now, start, updates = time.perf_counter(), times.pop("update"), times.pop("updates")
-        return {"rollout_seconds": start - turns.begun, "update_seconds": now - start, "updates": updates}
+        rollout, updates = times.pop("update") - turns.begun, times.pop("updates")
+        return {"rollout_seconds": rollout, "update_seconds": lambda: turns.seconds - rollout, "updates": updates}
 
     # Policy and critic are called together in the updates only: the first such call ends the rollout.
     trainer.model.register_forward_pre_hook(first_update)
@@ -233,12 +231,12 @@ CASES = {"sampling": sampling, "ppo": ppo_step, "dpo": dpo_step, "rm": rm_step, 
 
 def main():
     turns = Turns()
-    job = {"device": "cpu"} | json.loads(sys.argv[1])
+    job = json.loads(sys.argv[1])
     try:
         import torch
 
         torch.set_num_threads(job["threads"])
-        measure(turns, job["device"])
+        turns.meter = METERS[job["device"]]()
         data = json.loads((Path(job["folder"]) / "data.json").read_text())
         CASES[job["task"]](job, data, turns)
     except ImportError as error:

@@ -148,7 +148,7 @@ def spent(case: Case, args: Args) -> Spent:
     settings = {"dtype": args.dtype, "compile": args.compile}
     with tempfile.TemporaryDirectory(prefix="profile_steps.") as folder:
         write_inputs(case, Path(folder))
-        job = {"task": case.task, "folder": Path(folder), "settings": settings, "batch": case.batch, "device": "cpu"}
+        job = {"task": case.task, "folder": Path(folder), "settings": settings, "batch": case.batch}
         job |= {"response": case.response, "epochs": case.epochs, "micro": case.micro, "minibatches": case.minibatches}
         with quiet():
             data = json.loads((Path(folder) / "data.json").read_text())

@@ -4,7 +4,7 @@
     python benchmarks/vs_peers.py                              # all but PPO and pre-training; close everything else
     python benchmarks/vs_peers.py --only dpo gpt2 --json results.json
     python benchmarks/vs_peers.py --only pretrain --nanogpt ../nanoGPT --text tinyshakespeare.txt
-    python benchmarks/vs_peers.py --device cuda --minutes 6 --json results.json     # GPT-2 small; --model medium
+    python benchmarks/vs_peers.py --device cuda --minutes 4 --json results.json    # GPT-2 small; also --model medium
 
 TRL has no PPO for language models any more. Measured is that of 1.10.0, in `trl.experimental`, which is that of 1.12.0,
 the last release with one, but for a comment; it wants an
@@ -12,7 +12,7 @@ environment of its own: `python -m venv trl110 && trl110/bin/pip install trl==1.
 `--ppo-peer-python trl110/bin/python`. A peer that is not there is left out, and the table says why.
 
 Each implementation is a process of its own, set up and warmed up; then they take turns, one round each, while the rest
-wait (in gpt2's DPO, which takes much memory, both of ours and one peer at a time: up to 16 GB). A round is one whole
+wait (where they take much memory, both of ours and one peer at a time: in gpt2's DPO up to 16 GB). A round is one whole
 step of the shipped train function, or one whole batch of samples, on tokens of fixed length, so that nobody pads. Same
 weights (from the same files), same tokens, same number of threads, no reports, no checkpoints, no evaluation.
 
@@ -20,12 +20,14 @@ Ours runs in two settings: `fp32`, like for like, and `best`. Peers run as their
 checkpointing that TRL turns on by itself and that costs time; with it, where memory is the question. Their fastest in
 plain fp32 is held against `fp32`, their fastest of all, in bf16 or compiled too, against `best`.
 
-On a GPU the cases have GPT-2's shapes and random weights; a round ends when the GPU is done, memory is what torch has
-allocated there, one warm-up counts how often the host waits, and the floor is at the rate of large products.
+On a GPU all cases have the shape of GPT-2 small or medium. The GPU is waited for before and after each round, memory is
+that of PyTorch's allocator, and one more round, which is not timed, counts host synchronisations. TRL runs compiled
+there with `--compile` only: that takes minutes.
 """
 
 import dataclasses
 import json
+import math
 import os
 import random
 import re
@@ -44,8 +46,8 @@ import _flops
 import torch
 from _bench import DTYPES
 from _ours import curve, make_model, make_tokenizer
-from _report import Bound, console, machine, show_bounds, show_facts
-from _rounds import Failed, Skipped, Worker, compete, ratio
+from _report import Bound, built, console, machine, show_bounds, show_facts
+from _rounds import Failed, Late, Skipped, Worker, compete, ratio
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
@@ -53,7 +55,7 @@ from rich.table import Table
 from minirlhf import InputError
 from minirlhf.checkpoints import save_model
 from minirlhf.model import GPTConfig
-from minirlhf.runs import check_at_least, cli, write_text
+from minirlhf.runs import check_at_least, cli, pick_device, write_text
 
 CaseName = Literal["sampling", "ppo", "dpo", "rm", "sft", "pretrain", "gpt2"]
 HERE = Path(__file__).resolve().parent
@@ -62,19 +64,18 @@ PPO_BENCH = "PPOTrainer is in trl up to 1.12 only: pip install trl==1.10.0 into 
 NANOGPT = "git clone https://github.com/karpathy/nanoGPT, --nanogpt DIR"
 SMALL = GPTConfig(vocab_size=1024, n_positions=128, n_layer=4, n_head=4, n_embd=128)
 GPT2 = GPTConfig(vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_embd=768)
+GPT2_MEDIUM = GPTConfig(vocab_size=50257, n_positions=1024, n_layer=24, n_head=16, n_embd=1024)
 MiB = 2**20
 
 
 @dataclass(frozen=True)
 class Args:
-    only: tuple[CaseName, ...] = ("sampling", "ppo", "dpo", "rm", "sft", "pretrain", "gpt2")
-    """Which cases; on a GPU not the last two."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where all of them run."""
+    """Where ours and the peers run."""
     model: Literal["small", "medium"] = "small"
-    """On a GPU: which GPT-2's shape."""
-    minutes: float = 0.0
-    """A case that would end later than this is left out, and named; 0 sets no limit."""
+    """Which GPT-2 the cases on a GPU have the shape of."""
+    only: tuple[CaseName, ...] | None = None
+    """Which cases; by default all that there are on the device: gpt2 and pretrain are for a CPU."""
     settings: tuple[Literal["fp32", "best", "shared", "lean"], ...] = ("fp32", "best")
     """Of ours; without best, no peer runs in bf16 or compiled either. shared: best, and PPO's critic on the policy's
     trunk, which is another algorithm than the peer's. lean: fp32 with gradient checkpointing, for DPO."""
@@ -87,13 +88,15 @@ class Args:
     text: Path | None = None
     """Tiny Shakespeare, or another text, for pretrain."""
     rounds: int = 10
-    """How often each works; half as often for gpt2."""
+    """How often each works; half as often for gpt2, and on a GPU where samples are drawn."""
     warm_up: int = 2
     """Rounds before these, which do not count."""
+    minutes: float = 0
+    """What would end later than this is left out, and named. 0: no limit."""
     threads: int = 0
     """0: as many as torch takes by itself."""
     compile: bool = False
-    """Compile our model in the setting `best`, where the function can."""
+    """Compile our model in the setting `best`, where the function can; on a GPU TRL's, too."""
     quick: bool = False
     """A tenth of the steps of pretrain."""
     shape: tuple[int, int, int, int, int] | None = None
@@ -113,6 +116,15 @@ class Args:
         known |= {"lean": {"dtype": "fp32", "checkpointing": True}}
         return {name: known[name] for name in self.settings}
 
+    @property
+    def cases(self) -> dict[str, list["Case"]]:
+        """By name, in the sizes that were asked for; pretrain has none."""
+        known = CASES if self.device == "cpu" else gpu_cases(self.model, self.compile)
+        wanted = known if self.only is None else self.only
+        if missing := [name for name in wanted if name not in known]:
+            raise InputError(f"--only {missing[0]}: on a GPU there are {', '.join(known)}")
+        return {name: [fit(case, self.shape, self.batch, self.tokens) for case in known[name]] for name in wanted}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -130,6 +142,13 @@ class Case:
     micro: int = 0
     slow: bool = False  # half the rounds
     heavy: bool = False  # ours and one peer at a time, since together they take too much memory
+    asked: dict[str, float] = field(default_factory=dict)  # how many times as fast as this peer ours has to be
+
+    @property
+    def tokens(self) -> int:
+        """Of a round: those drawn, or those read, a prompt once for both responses of a pair."""
+        read = {"sampling": 0, "dpo": self.prompt + self.response, "rm": self.prompt + self.response}
+        return self.batch * (read.get(self.task, self.prompt) + self.response)
 
     @property
     def title(self) -> str:
@@ -147,12 +166,6 @@ class Case:
             return {"": _flops.dpo_step(*given, reference)}
         return {"": {"sampling": _flops.generation, "rm": _flops.rm_step, "sft": _flops.sft_step}[self.task](*given)}
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of a round: those drawn, or all that are trained on, a prompt once."""
-        responses = 2 * self.response if self.task in ("dpo", "rm") else self.response
-        return self.batch * (responses + (0 if self.task == "sampling" else self.prompt))
-
 
 # What a peer's name says; `dtype` and `compile` make it one that only `best` is compared with.
 BF16, COMPILED = {"dtype": "bf16"}, {"compile": True}
@@ -160,32 +173,40 @@ TRAINERS = {"TRL": {}, "TRL, bf16": BF16, "TRL, compiled": COMPILED}
 KNOWN = {"TRL, reference known": {"precompute": True}, "TRL, reference known, bf16": {"precompute": True} | BF16}
 LEAN = {"TRL, gradient checkpointing": {"checkpointing": True}}
 DRAWS = {"transformers": {}, "transformers, bf16": BF16, "transformers, compiled": COMPILED}
+# In the order in which they run.
 CASES: dict[str, list[Case]] = {
     "sampling": [Case("sampling", "sampling", SMALL, 64, 16, 48, DRAWS)],
     "ppo": [Case("ppo", "ppo", SMALL, 64, 16, 32, {"TRL": {}, "TRL, bf16": BF16})],
     "dpo": [Case("dpo", "dpo", SMALL, 16, 24, 40, TRAINERS | KNOWN)],
     "rm": [Case("rm", "rm", SMALL, 16, 24, 40, TRAINERS)],
     "sft": [Case("sft", "sft", SMALL, 16, 24, 40, TRAINERS)],
+    "pretrain": [],
     "gpt2": [
         Case("gpt2 sampling", "sampling", GPT2, 8, 16, 64, DRAWS, slow=True),
         Case("gpt2 dpo", "dpo", GPT2, 4, 56, 200, {"TRL": {}, "TRL, bf16": BF16} | LEAN, slow=True, heavy=True),
     ],
 }
+SYNCS = 3  # of the host with the GPU, at most, for each optimiser step
+ROLLOUT_SYNCS = 10  # and for a rollout
 
 
-MEDIUM = GPTConfig(vocab_size=50257, n_positions=1024, n_layer=24, n_head=16, n_embd=1024)
-
-
-def on_gpu(config: GPTConfig) -> dict[str, list[Case]]:
-    """The cases there, of one shape."""
+def gpu_cases(model: str, compiled: bool) -> dict[str, list[Case]]:
+    """Sized for a GPU of 80 GB, most important first. What is asked holds for GPT-2 small."""
+    small, config = model == "small", GPT2 if model == "small" else GPT2_MEDIUM
     draws = {"transformers": {}, "transformers, bf16": BF16, "transformers, bf16, compiled": BF16 | COMPILED}
-    trains = {"TRL": {}, "TRL, bf16": BF16}
+    trainers = {"TRL": {}, "TRL, bf16": BF16} | ({"TRL, bf16, compiled": BF16 | COMPILED} if compiled else {})
+
+    def train(task: Any, batch: int, prompt: int, response: int, **rest: Any) -> list[Case]:
+        return [Case(task, task, config, batch, prompt, response, trainers, heavy=not small, **rest)]
+
+    faster = {"transformers, bf16": 5, "transformers, bf16, compiled": 2} if small else {}
+    twice = {"TRL, bf16": 2} if small else {}
     return {
-        "sampling": [Case("sampling", "sampling", config, 64, 48, 64, draws)],
-        "ppo": [Case("ppo", "ppo", config, 64, 48, 64, trains, epochs=1, minibatches=2)],
-        "dpo": [Case("dpo", "dpo", config, 16, 200, 200, trains)],
-        "rm": [Case("rm", "rm", config, 16, 200, 200, trains)],
-        "sft": [Case("sft", "sft", config, 16, 200, 200, trains)],
+        "sampling": [Case("sampling", "sampling", config, 64, 48, 64, draws, slow=True, asked=faster)],
+        "dpo": train("dpo", 16, 128, 128, asked=twice),
+        "ppo": train("ppo", 64, 48, 64, slow=True, asked=twice),
+        "sft": train("sft", 32, 128, 128),
+        "rm": train("rm", 16, 128, 128),
     }
 
 
@@ -202,15 +223,15 @@ class Row:
     """Times ours in the setting fp32."""
     to_best: tuple[float, tuple[float, float]] | None = None
     """Times ours in the setting best."""
+    tokens_per_second: float | None = None
     peak_bytes: int | None = None
-    """The process's resident memory at its highest, set-up aside; on a GPU what torch has allocated there."""
+    """The process's resident memory, or on a GPU what its tensors take, at its highest, set-up aside."""
     growth_bytes: int | None = None
-    """The same beyond what was resident after set-up: gradients, the optimiser's state, what the backward needs."""
+    """The same beyond what was there after set-up: gradients, the optimiser's state, what the backward needs."""
+    syncs: int | None = None
+    """How often the host waited for the GPU in a round; in ours of DPO without the reference's pass."""
     floor_share: float | None = None
     """The time that the matrix products alone would take here, over the median."""
-    tokens_per_second: float | None = None
-    host_syncs: int | None = None
-    """On a GPU: how often a round waits for it."""
     parts: dict[str, float] = field(default_factory=dict)
     """Medians of parts of a round, in seconds."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -223,7 +244,9 @@ class Row:
 
 
 def fit(case: Case, shape: Sequence[int] | None, batch: int, tokens: tuple[int, int] | None) -> Case:
-    """The case in the sizes that were asked for, if any."""
+    """The case in the sizes that were asked for, if any; what is asked of ours holds for its own."""
+    if shape or batch or tokens:
+        case = dataclasses.replace(case, asked={})
     if shape:
         layers, width, heads, vocabulary, context = shape
         check_at_least(257, vocabulary=vocabulary)  # bytes and end-of-text
@@ -279,45 +302,63 @@ def heats(case: Case, names: Sequence[str]) -> list[list[str]]:
     return [[*ours, peer] for peer in peers] if case.heavy and peers else [[*ours, *peers]]
 
 
-def run_case(case: Case, args: Args, information: dict[str, Any]) -> tuple[list[Row], list[Bound], list[Bound]]:
+def run_case(
+    case: Case, args: Args, information: dict[str, Any], deadline: float | None = None
+) -> tuple[list[Row], list[Bound], list[Bound]]:
     """All implementations of a case, in rounds: rows, what must be the same, and what is compared."""
-    rounds = max(1, args.rounds // 2) if case.slow else args.rounds
+    rounds, cuda = max(1, args.rounds // 2) if case.slow else args.rounds, args.device == "cuda"
     wanted = entrants(case, args)
     rows: dict[tuple[str, str], Row] = {}
     checks: list[Bound] = []
+    waits: list[Bound] = []
     with tempfile.TemporaryDirectory(prefix="vs_peers.") as folder:
         write_inputs(case, Path(folder))
         job = {"task": case.task, "folder": folder, "threads": torch.get_num_threads(), "shape": vars(case.config)}
         job |= {"batch": case.batch, "response": case.response, "epochs": case.epochs, "micro": case.micro}
-        job |= {"minibatches": case.minibatches, "steps": args.warm_up + rounds + 1, "device": args.device}
+        job |= {"minibatches": case.minibatches, "steps": args.warm_up + cuda + rounds + 1, "device": args.device}
         for heat in heats(case, list(wanted)):
+            started: dict[str, Worker] = {}
             workers: dict[str, Worker] = {}
-            absent: list[Row] = []
+            gone: dict[str, Exception] = {}
             measured = any(row.seconds is not None for row in rows.values())
             try:
-                for name in reversed(heat) if measured else heat:  # ours need not work again beside nobody
-                    python, script, settings, install = wanted[name]
+                for name in heat:
+                    python, script, settings, _ = wanted[name]
+                    own = job | {"settings": settings}
+                    started[name] = Worker(python, HERE / script, own, job["threads"], deadline)
+                for name in reversed(heat) if measured else heat:
                     try:
-                        workers[name] = Worker(python, HERE / script, job | {"settings": settings}, job["threads"])
-                    except Skipped as reason:
-                        absent.append(Row(case.name, name, note=f"skipped: {reason}; {install}", skipped=True))
+                        started[name].ready()
+                        workers[name] = started[name]
                     except Failed as reason:
-                        absent.append(Row(case.name, name, note=f"failed: {reason}"))
-                    if measured and not workers:
+                        gone[name] = reason
+                    if measured and not workers:  # ours need not work again beside nobody
                         break
-                for name, reason in compete(workers, args.warm_up, rounds).items():
-                    absent.append(Row(case.name, name, note=f"failed: {reason}"))
+                workers = {name: workers[name] for name in heat if name in workers}
+                gone |= compete(workers, args.warm_up, rounds, cuda, deadline)
             finally:
-                for worker in workers.values():
+                for worker in started.values():
                     worker.stop()
-            workers = {name: workers[name] for name in heat if name in workers and workers[name].seconds[rounds - 1 :]}
+            workers = {name: worker for name, worker in workers.items() if name not in gone and worker.seconds}
             for worker in workers.values():
                 found = worker.facts.get("versions", {}).items()
                 information["peers"] |= {f"{name} for ppo" if case.task == "ppo" else name: v for name, v in found}
+            absent = [absence(case, name, reason, wanted[name][3]) for name, reason in gone.items()]
             for row in [row for part in parts_of(case, workers) for row in tabulate(case, *part, args.device)] + absent:
                 rows.setdefault((row.case, row.implementation), row)  # ours are shown from their first heat
             checks += same(case, workers)
-    return list(rows.values()), checks, compare(list(rows.values()))
+            waits += [] if measured else synchronisations(case, workers)
+    found = list(rows.values())
+    return found, checks, compare(found) + promised(case, found) + waits
+
+
+def absence(case: Case, name: str, reason: Exception, install: str) -> Row:
+    """The row of one that did not run, and why."""
+    if isinstance(reason, Skipped):
+        return Row(case.name, name, note=f"skipped: {reason}; {install}", skipped=True)
+    if isinstance(reason, Late):
+        return Row(case.name, name, note=f"left out: {reason}", skipped=True)
+    return Row(case.name, name, note=f"failed: {reason}")
 
 
 def parts_of(case: Case, workers: dict[str, Worker]) -> list[tuple[str, dict[str, Worker], bool]]:
@@ -356,7 +397,7 @@ def tabulate(case: Case, name: str, workers: dict[str, Worker], reference: bool,
         floor = sum(_flops.floor_seconds(part, case.config, dtype, device) for part in works.values())
         parts = {
             key.removesuffix("_seconds"): statistics.median(about[key] for about in worker.counted)
-            for key in worker.about[0]
+            for key in worker.counted[0]
             if key.endswith("_seconds") and (reference or not key.startswith("reference"))
         }
         median = statistics.median(seconds(worker))
@@ -368,11 +409,11 @@ def tabulate(case: Case, name: str, workers: dict[str, Worker], reference: bool,
                 seconds(worker),
                 against(worker, "ours, fp32"),
                 against(worker, "ours, best"),
+                case.tokens / median,
                 worker.peak,
                 worker.peak - worker.resting,
+                worker.syncs,
                 floor / median,
-                case.tokens / median,
-                next((about["host_syncs"] for about in worker.about if "host_syncs" in about), None),
                 parts,
                 case.peers.get(implementation) or worker.facts.get("settings", {}),
             )
@@ -425,6 +466,32 @@ def compare(rows: Sequence[Row]) -> list[Bound]:
                 share = own[f"ours, {setting}"].peak_bytes / peer.peak_bytes
                 asked = f"peak memory ≤ 60% of {peer.implementation}"
                 found.append(Bound(f"{name}, {setting}", asked, f"{share:.0%}", share <= 0.6))
+    return found
+
+
+def promised(case: Case, rows: Sequence[Row]) -> list[Bound]:
+    """How many times as fast as a peer ours has to be: in fp32 as one in plain fp32, at its best as the others."""
+    found = []
+    for row in rows:
+        setting = "fp32" if plain(row.settings) else "best"
+        times = getattr(row, f"to_{setting}")
+        if row.case == case.name and row.implementation in case.asked and times is not None:
+            least = case.asked[row.implementation]
+            asked = f"≥ {least:g}× as fast as {row.implementation}"
+            found.append(Bound(f"{case.name}, {setting}", asked, f"{times[0]:.2f}×", times[0] >= least))
+    return found
+
+
+def synchronisations(case: Case, workers: dict[str, Worker]) -> list[Bound]:
+    """How often our training may wait for the GPU."""
+    found = []
+    for name, worker in workers.items():
+        if not name.startswith("ours") or worker.syncs is None or case.task == "sampling":
+            continue
+        steps, most = (worker.about[0]["updates"], ROLLOUT_SYNCS) if case.task == "ppo" else (1, 0)
+        most += SYNCS * steps
+        asked = f"≤ {most} host synchronisations"
+        found.append(Bound(f"{case.name}, {name}", asked, str(worker.syncs), worker.syncs <= most))
     return found
 
 
@@ -494,12 +561,14 @@ def run_pretrain(args: Args) -> tuple[list[Row], list[Bound], list[Bound]]:
             recipe, steps = (RECIPE, STEPS) if setting == "fp32" else (BEST_RECIPE, BEST_STEPS)
             recipe = recipe | {"steps": steps // shrink, "warmup_steps": recipe["warmup_steps"] // shrink}
             job = {"task": "pretrain", "folder": name, "threads": torch.get_num_threads(), "settings": own, "seed": 0}
+            job |= {"device": "cpu"}
             shape = {"n_positions": NANOGPT_RECIPE["block_size"], **NANOGPT_SHAPE}
             try:
                 worker = Worker(
                     sys.executable, HERE / "_ours.py", job | {"shape": shape, "recipe": recipe}, job["threads"]
                 )
                 try:
+                    worker.ready()
                     curves[f"ours, {setting}"] = worker.round()["about"]["curve"]
                     settings[f"ours, {setting}"] = worker.facts["settings"] | recipe
                 finally:
@@ -533,20 +602,24 @@ def run_pretrain(args: Args) -> tuple[list[Row], list[Bound], list[Bound]]:
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 LEGEND = """\
-s: median of {rounds} rounds (gpt2: {slow}), in which all work once, in turn. × fp32, × best: how many times our median
-in that setting, and its range over the paired rounds. peak: resident memory at its highest after set-up; growth:
-beyond what was resident when the models were loaded. floor: the time of the matrix products alone, as fast as this
-machine does them in this precision (_flops.py), over the median. waits: host synchronisations in a round on a GPU."""
+s: median of {rounds} rounds ({slow} in slow cases), in which all work once, in turn. × fp32, × best: how many times our
+median in that setting, and its range over the paired rounds. peak: memory at its highest after set-up; growth: beyond
+what was there when the models were loaded. floor: the time of the matrix products alone, as fast as this machine does
+them in this precision (_flops.py), over the median."""
+GPU_LEGEND = """\
+tokens/s: those drawn, or those read, a prompt once for both responses of a pair. syncs: how often the host waits for
+the GPU in a round, as torch.cuda.set_sync_debug_mode sees it."""
 
 
-def show_rows(title: str, rows: Sequence[Row]) -> None:
+def show_rows(title: str, rows: Sequence[Row], device: str) -> None:
     table = Table(box=SIMPLE, title=escape(title), title_justify="left", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("implementation", no_wrap=True)
-    for column in ("s", "× fp32", "× best", "peak MiB", "growth", "floor", "tokens/s", "waits"):
+    more = ("tokens/s", "syncs") if device == "cuda" else ()
+    for column in ("s", "× fp32", "× best", "peak MiB", "growth", "floor", *more):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("of which, in s")
     previous = rows[0].case if rows else ""
-    for row in rows:
+    for row in (row for row in rows if row.seconds is not None):
         if row.case != previous:
             table.add_section()
             table.add_row(f"[bold]{escape(row.case)}[/]")
@@ -554,17 +627,22 @@ def show_rows(title: str, rows: Sequence[Row]) -> None:
         parts = " · ".join(f"{name} {seconds:.3f}" for name, seconds in row.parts.items())
         table.add_row(
             escape(row.implementation),
-            "" if row.seconds is None else f"{row.seconds:.4f}" if row.seconds < 10 else f"{row.seconds:.1f}",
+            f"{row.seconds:.4f}" if row.seconds < 10 else f"{row.seconds:.1f}",
             times(row.to_fp32),
             times(row.to_best),
             "" if row.peak_bytes is None else f"{row.peak_bytes / MiB:.0f}",
             "" if row.growth_bytes is None else f"{row.growth_bytes / MiB:.0f}",
             "" if row.floor_share is None else f"{row.floor_share:.0%}",
-            "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-            "" if row.host_syncs is None else str(row.host_syncs),
+            *(("" if x is None else f"{x:,.0f}" for x in (row.tokens_per_second, row.syncs)) if more else ()),
             escape(" ".join(part for part in (parts, row.note) if part)),
         )
     console.print(table)
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        if row.seconds is None:
+            notes.setdefault(row.note, []).append(row.implementation)
+    for note, names in notes.items():
+        console.print(escape(f"{' · '.join(names)}: {note}"), soft_wrap=True)
 
 
 def times(given: tuple[float, tuple[float, float]] | None) -> str:
@@ -575,18 +653,12 @@ def times(given: tuple[float, tuple[float, float]] | None) -> str:
 
 
 def check(args: Args) -> None:
+    pick_device(args.device)
     check_at_least(1, rounds=args.rounds)
-    if not args.only or not args.settings:
-        raise InputError(f"--{'settings' if args.only else 'only'} needs at least one name")
+    for flag in ("only", "settings"):
+        if getattr(args, flag) == ():
+            raise InputError(f"--{flag} needs at least one name")
     check_at_least(0, threads=args.threads, warm_up=args.warm_up, batch=args.batch, minutes=args.minutes)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda needs a CUDA GPU, and torch sees none; --device cpu measures the CPU")
-    if args.device == "cuda" and args.warm_up < 2:
-        raise InputError(
-            f"--warm-up {args.warm_up}: on a GPU the second warm-up counts what it waits for; give 2 or more"
-        )
-    if args.device == "cpu" and args.model != "small":
-        raise InputError(f"--model {args.model} is for --device cuda; on a CPU --shape sets a model's size")
     for flag, path in (("--peer-python", args.peer_python), ("--ppo-peer-python", args.ppo_peer_python)):
         if not os.access(path, os.X_OK) or path.is_dir():
             raise InputError(f"{flag} {path}: no such program; name a Python that has the peer")
@@ -596,51 +668,54 @@ def check(args: Args) -> None:
         raise InputError(f"--text {args.text}: no such file; name a text")
 
 
-def save(path: Path | None, information: dict[str, Any], rows: list[Row], bounds: list[Bound]) -> None:
-    """What is known so far."""
+def write(path: Path | None, information: dict[str, Any], rows: list[Row], bounds: list[Bound]) -> None:
+    """What is known so far, as JSON."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lists = {"rows": rows, "bounds": bounds}
-        found = {name: [dataclasses.asdict(one) for one in ones] for name, ones in lists.items()}
-        write_text(path, json.dumps(information | found, indent=1, ensure_ascii=False) + "\n")
+        found = {"rows": rows, "bounds": bounds}
+        lists = {name: [dataclasses.asdict(one) for one in ones] for name, ones in found.items()}
+        write_text(path, json.dumps(information | lists, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(args: Args) -> None:
+    begun = time.monotonic()
+    deadline = begun + 60 * args.minutes if args.minutes else None
     check(args)
-    known = on_gpu(GPT2 if args.model == "small" else MEDIUM) if args.device == "cuda" else CASES
-    everything = Args.__dataclass_fields__["only"].default
-    names = [name for name in args.only if name in known or args.device == "cpu" or args.only != everything]
-    if unknown := [name for name in names if args.device == "cuda" and name not in known]:
-        raise InputError(f"--only {unknown[0]}: not on a GPU; there are {', '.join(known)}")
-    cases = {name: [fit(case, args.shape, args.batch, args.tokens) for case in known.get(name, [])] for name in names}
+    cases = args.cases
     if args.threads:
         torch.set_num_threads(args.threads)
-    information: dict[str, Any] = {"machine": machine(args.device), "peers": {}}
-    show_facts({"machine": information["machine"]})
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # transformers' Trainer would use all
+    information: dict[str, Any] = {"machine": machine(args.device)} | built(args.device)
+    show_facts(information)
+    information["peers"] = {}
     rows: list[Row] = []
     checks: list[Bound] = []
     bounds: list[Bound] = []
-    began, longest = time.perf_counter(), 0.0
-    for case in [case for name in names for case in cases[name] or [None]]:
-        at = time.perf_counter()
-        if args.minutes and at - began + longest > 60 * args.minutes:
-            title = PRETRAIN if case is None else case.title
-            console.print(f"left out, since it would end after {args.minutes:g} minutes: {title}")
-            continue
-        if case is None:
-            title, (new, same_as, asked) = PRETRAIN, run_pretrain(args)
-        else:
-            title, (new, same_as, asked) = case.title, run_case(case, args, information)
-        longest = max(longest, time.perf_counter() - at)
-        show_rows(title, new)
-        rows += new
-        checks += same_as
-        bounds += asked
-        save(args.json, information, rows, [*checks, *bounds])
+    quickest = 0.0
+    for name in cases:
+        for case in cases[name] or [None]:
+            at = time.monotonic()
+            if deadline is not None and at + quickest > deadline:  # a longer one has fewer rounds
+                note = f"left out, since it would end after {args.minutes:g} minutes"
+                console.print(f"{note}: {name if case is None else case.name}")
+                rows.append(Row(name if case is None else case.name, "all", note=note, skipped=True))
+                continue
+            if case is None:
+                title, (new, same_as, asked) = PRETRAIN, run_pretrain(args)
+            else:
+                title, (new, same_as, asked) = case.title, run_case(case, args, information, deadline)
+            quickest = min(quickest or math.inf, time.monotonic() - at)
+            show_rows(title, new, args.device)
+            rows += new
+            checks += same_as
+            bounds += asked
+            write(args.json, information, rows, [*checks, *bounds])  # whoever is stopped later has this
     show_facts({"peers": information["peers"]})
-    console.print(LEGEND.format(rounds=args.rounds, slow=max(1, args.rounds // 2)))
+    legend = LEGEND.format(rounds=args.rounds, slow=max(1, args.rounds // 2))
+    console.print(legend + ("\n" + GPU_LEGEND if args.device == "cuda" else ""))
     show_bounds([*checks, *bounds])
     if args.json is not None:
+        write(args.json, information, rows, [*checks, *bounds])
         console.print(f"written: {args.json}")
     ours_failed = any(row.note.startswith("failed") for row in rows if row.implementation.startswith("ours"))
     if ours_failed or not all(one.met for one in checks):

@@ -32,6 +32,11 @@ def _stats_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """There nothing may depend on the values: to look at one, the host would wait for all that is queued before it."""
+    return x.device.type == "cuda"
+
+
 # --- token_stats -----------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +134,7 @@ class Attention(torch.autograd.Function):
 def tiles(rows: int, columns: int, device: str, models: int = 1) -> Iterator[tuple[slice, slice]]:
     """Rows and columns of each tile, row tile after row tile, columns from left to right."""
     height, elements = min(max(rows, 1), TILE_ROWS[device]), TILE_ELEMENTS[device]
-    if device == "cuda":
+    if device != "cpu":
         elements = min(elements, max(rows * columns // TILE_SHARE, TILE_LEAST))
     width = max(elements // height // models, 256)
     for top in range(0, rows, height):
@@ -246,6 +251,8 @@ def linear_token_stats_backward(
     """Gradients (N, D) and (V, D). Each tile of logits is computed again and becomes its own gradient in place.
 
     With G = ∂loss/∂logits: ∂loss/∂hidden = G · weight, ∂loss/∂weight = Gᵀ · hidden; sums over tiles are fp32 or wider.
+    Only the KL needs the reference's logits. On a CPU they are left out where no KL has a gradient; on a GPU, where
+    this cannot be looked at, they are computed whenever a reference was given.
     """
     counted = _counted_rows(targets, ignore_index)
     if counted is not None:
@@ -255,13 +262,12 @@ def linear_token_stats_backward(
             hidden_grad, weight_grad, vocab_size,
         )  # fmt: skip
         return (hidden.new_zeros(hidden.shape).index_copy_(0, counted, d_some) if hidden_grad else d_some), d_weight
-    wide, on_gpu = _stats_dtype(hidden.dtype), hidden.device.type == "cuda"
-    # Only the KL needs the reference's logits. A GPU would have to be waited for to see that nobody asks for it.
-    if ref_hidden is not None and not on_gpu and not bool(grad_stats[3].any()):
+    wide = _stats_dtype(hidden.dtype)
+    if ref_hidden is not None and not _on_gpu(hidden) and not bool(grad_stats[3].any()):
         grad_stats, ref_hidden = grad_stats[:2], None
-    if on_gpu:
-        ignored = (targets == ignore_index)[:, None]
-        hidden = hidden.masked_fill(ignored, 0.0)  # NaN there times a gradient of 0 is NaN
+    ignored = (targets == ignore_index)[:, None] if _on_gpu(hidden) else None
+    if ignored is not None:
+        hidden = hidden.masked_fill(ignored, 0.0)  # all rows are in the product, and NaN times a gradient of 0 is NaN
     one_row_tile = len(targets) <= TILE_ROWS[hidden.device.type]
     make = torch.empty if len(targets) else torch.zeros  # the first tile of a sum is written, the others are added
     d_hidden = make(hidden.shape if hidden_grad else (0,), dtype=wide, device=hidden.device)
@@ -283,7 +289,7 @@ def linear_token_stats_backward(
                 _accumulate(d_hidden[rows], tile, weight[columns], first=columns.start == 0)
             if weight_grad:
                 _accumulate(d_weight[columns], tile.t(), hidden[rows], first=rows.start == 0)
-    if on_gpu and hidden_grad:
+    if ignored is not None and hidden_grad:
         d_hidden.masked_fill_(ignored, 0.0)  # whatever stands in the weight
     return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
 
@@ -293,7 +299,7 @@ def _counted_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
 
     On a GPU all rows go through them, since it would have to be waited for to count: the kernels read no ignored row.
     """
-    if targets.device.type == "cuda":
+    if _on_gpu(targets):
         return None
     counted = targets != ignore_index
     return None if bool(counted.all()) else counted.nonzero().squeeze(1)
@@ -303,7 +309,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b. Where the total is wider than the factors, a GPU adds up in its type; on a CPU each product is
     rounded once before it is added.
     """
-    if total.dtype != a.dtype and a.device.type == "cuda":
+    if total.dtype != a.dtype and _on_gpu(a):
         if first:
             torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
         else:

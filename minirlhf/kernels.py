@@ -17,6 +17,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -237,8 +238,9 @@ def _build(name: str, library: Path, sources: tuple[Path, ...], cflags, cuda_cfl
 
     from torch.utils import cpp_extension  # takes longer to import than a cached library to load
 
+    cuda_home = None
     if cuda_cflags:
-        cpp_extension.CUDA_HOME = _find_cuda(cpp_extension.CUDA_HOME)
+        cuda_home = cpp_extension.CUDA_HOME = _find_cuda(cpp_extension.CUDA_HOME)
 
     for stale in library.parent.glob("build-*"):  # whoever made it was killed: this process holds the lock
         shutil.rmtree(stale, ignore_errors=True)
@@ -256,6 +258,7 @@ def _build(name: str, library: Path, sources: tuple[Path, ...], cflags, cuda_cfl
                     [str(source) for source in sources],
                     extra_cflags=list(cflags),
                     extra_cuda_cflags=list(cuda_cflags),
+                    extra_ldflags=[] if cuda_home is None else _cudart_flags(Path(cuda_home), Path(folder)),
                     extra_include_paths=[str(CSRC)],
                     build_directory=folder,
                     is_python_module=name == NAME,
@@ -317,6 +320,23 @@ def _find_cuda(found: str | None) -> str:
         raise KernelUnavailable(f"nvcc is not found; {cure}")
     where = ", ".join(map(str, tried))
     raise KernelUnavailable(f"nvcc with its include/cuda_runtime.h is not found in {where}; {cure}")
+
+
+def _cudart_flags(home: Path, folder: Path) -> list[str]:
+    """Where the linker finds -lcudart, which cpp_extension asks for and looks for in lib64 alone.
+
+    Where CUDA came as a compiler without libraries it is torch's own, which has no name that a linker looks for: it
+    gets one in `folder`.
+    """
+    places = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
+    if found := [place for place in places if (place / "libcudart.so").is_file()]:
+        return [f"-L{shlex.quote(str(place))}" for place in found]
+    major = torch.version.cuda.split(".")[0]
+    library = next(Path(torch.__file__).parent.parent.glob(f"nvidia/*/lib/libcudart.so.{major}"), None)
+    if library is None:
+        return []  # it may be where every linker looks
+    (folder / "libcudart.so").symlink_to(library)
+    return [f"-L{shlex.quote(str(folder))}"]
 
 
 def _find_ninja() -> Path:

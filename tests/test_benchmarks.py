@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,8 +208,8 @@ def bare_python(tmp_path):
 def shown(results: dict, stdout: str) -> None:
     """The table has a line for each row, with what the JSON has."""
     for row in results["rows"]:
-        lines = [line for line in stdout.splitlines() if line.strip().startswith(row["implementation"] + " ")]
-        what = row["note"][:30] if row["seconds"] is None else f"{row['seconds']:.4f}"
+        lines = [line for line in stdout.splitlines() if row["implementation"] in line]
+        what = row["note"] if row["seconds"] is None else f"{row['seconds']:.4f}"
         assert any(what in line for line in lines), (row, lines)
 
 
@@ -224,7 +226,8 @@ def test_vs_peers_samples_beside_transformers(tmp_path):
         assert row["seconds"] == pytest.approx(sum(row["rounds"]) / 2)
         assert row["peak_bytes"] > row["growth_bytes"] >= 0
         assert 0 < row["floor_share"] < 1.5
-        assert row["to_best"] is None
+        assert row["to_best"] is row["syncs"] is None
+        assert row["tokens_per_second"] == pytest.approx(4 * 8 / row["seconds"])
         times, (low, high) = row["to_fp32"]
         assert low <= times <= high
         assert times == pytest.approx(row["seconds"] / rows["ours, fp32"]["seconds"])
@@ -314,6 +317,8 @@ def toy(bench, tmp_path, monkeypatch):
     path, rounds = tmp_path / "toy.py", bench("_rounds")
     path.write_text(TOY)
     workers = {name: rounds.Worker(sys.executable, path, name, 1) for name in "ab"}
+    for worker in workers.values():
+        worker.ready()
     yield rounds, workers
     for worker in workers.values():
         worker.stop()
@@ -343,55 +348,95 @@ def test_a_worker_that_dies_leaves_its_last_words_and_the_others_go_on(bench, to
     path = tmp_path / "mortal.py"
     path.write_text(TOY.replace("time.sleep(0.02)", "raise MemoryError('no more')"))
     workers["c"] = rounds.Worker(sys.executable, path, "c", 1)
-    assert rounds.compete(workers, warm_up=0, rounds=2) == {"c": "MemoryError: no more"}
+    workers["c"].ready()
+    (failed,) = rounds.compete(workers, warm_up=0, rounds=2).items()
+    assert (failed[0], str(failed[1])) == ("c", "MemoryError: no more")
     assert len(workers["a"].seconds) == len(workers["b"].seconds) == 2
     path.write_text("from _rounds import Turns\nTurns().skip('no such module')")
+    workers["d"] = rounds.Worker(sys.executable, path, "d", 1)
     with pytest.raises(rounds.Skipped, match="no such module"):
-        rounds.Worker(sys.executable, path, "d", 1)
+        workers["d"].ready()
 
 
-def test_on_a_gpu_there_are_other_cases(bench):
-    vs_peers = bench("vs_peers")
-    for config, layers in ((vs_peers.GPT2, 12), (vs_peers.MEDIUM, 24)):
-        cases = vs_peers.on_gpu(config)
-        assert set(cases) == {"sampling", "ppo", "dpo", "rm", "sft"}
-        assert {case.config.n_layer for (case,) in cases.values()} == {layers}
-    assert vs_peers.on_gpu(vs_peers.GPT2)["sampling"][0].tokens == 64 * 64
-    assert vs_peers.on_gpu(vs_peers.GPT2)["dpo"][0].tokens == 16 * (200 + 2 * 200)
+def test_who_answers_too_late_is_left_out_and_rounds_end_at_the_deadline(toy, tmp_path):
+    rounds, workers = toy
+    assert rounds.compete(workers, warm_up=1, rounds=500, deadline=time.monotonic() + 1) == {}
+    assert 1 < len(workers["a"].seconds) == len(workers["b"].seconds) < 30
+    path = tmp_path / "slow.py"
+    path.write_text("import time\ntime.sleep(60)")
+    workers["c"] = rounds.Worker(sys.executable, path, "c", 1, deadline=time.monotonic() + 0.5)
+    begun = time.monotonic()
+    with pytest.raises(rounds.Late):
+        workers["c"].ready()
+    workers["c"].stop()
+    assert time.monotonic() - begun < 5
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["vs_peers.py", "scaling.py"])
-def test_a_gpu_asked_for_and_absent_is_one_line(script):
-    done = run(script, "--device", "cuda")
-    assert done.returncode == 2
-    said = "error: --device cuda needs a CUDA GPU, and torch sees none; --device cpu measures the CPU"
-    assert done.stderr.strip() == said
+DEVICE = """
+class Device:
+    device, used = "toy", []
+
+    def __getattr__(self, name):  # wait, rest, peak, watch, watched: in which order?
+        return lambda: self.used.append(name) or len(self.used)
+
+    def since(self):
+        return [self.used.pop(0) for _ in range(len(self.used))]
 
 
-def test_a_round_is_measured_where_it_runs(bench, monkeypatch):
-    """What a worker does on a GPU, with the device's own functions written down."""
-    device, did = bench("_device"), []
+turns = Turns()
+turns.meter = Device()
+"""
 
-    class Turns:
-        settle = forget_peak = peak_now = resting_now = watch = watched = None
 
-    turns = Turns()
-    device.measure(turns, "cpu")
-    assert turns.settle is None
-    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated", "memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda name=name: did.append(name))
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", did.append)
-    device.measure(turns, "cuda")
-    for hook in (turns.settle, turns.forget_peak, turns.peak_now, turns.resting_now):
-        hook()
-    assert did == ["synchronize", "reset_peak_memory_stats", "max_memory_allocated", "memory_allocated"]
-    did.clear()
-    turns.watched.start()
-    for text in ("called a synchronizing CUDA operation", "called a synchronizing CUDA operation", "something else"):
-        warnings.warn(text, stacklevel=1)
-    assert turns.watched.stop() == {"host_syncs": 2}
-    assert did == ["warn", "default"]
+def test_a_round_goes_from_idle_to_idle_and_one_more_counts_synchronisations(toy, tmp_path):
+    rounds, workers = toy
+    path = tmp_path / "device.py"
+    path.write_text(TOY.replace("turns = Turns()\n", DEVICE).replace("ended=time.time()", "used=turns.meter.since"))
+    worker = workers["c"] = rounds.Worker(sys.executable, path, "c", 1)
+    worker.ready()
+    assert rounds.compete({"c": worker}, warm_up=1, rounds=2, syncs=True) == {}
+    assert len(worker.seconds) == len(worker.counted) == 2
+    assert [about["used"] for about in worker.about] == [
+        ["rest", "wait", "wait"], ["peak", "wait", "watch", "watched", "wait"], *2 * [["peak", "wait", "wait"]],
+    ]  # fmt: skip
+    assert (worker.syncs, worker.resting, worker.peak) == (4, 1, 1)
+
+
+class FakeCuda:
+    """torch.cuda without a GPU: says what it is asked for, and warns while it is told to."""
+
+    def __init__(self):
+        self.mode, self.asked = "default", []
+
+    def __getattr__(self, name):
+        return lambda: self.asked.append(name) or 5
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+    def read(self):
+        if self.mode == "warn":
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally …)", stacklevel=2)
+
+
+def test_the_gpu_is_waited_for_and_its_synchronisations_are_counted(bench, monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    meter = bench("_rounds").METERS["cuda"]()
+    meter.wait()
+    assert (meter.rest(), meter.peak()) == (5, 5)
+    assert cuda.asked == [
+        "synchronize", "empty_cache", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated",
+    ]  # fmt: skip
+    cuda.read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as peers' processes have it
+        meter.watch()
+        for _ in range(3):  # from one line, of which Python would show one warning
+            cuda.read()
+        warnings.warn("synchronizing is slow", stacklevel=1)
+        assert meter.watched() == 3
+    assert cuda.mode == "default"
 
 
 def test_ratio_is_of_medians_and_its_range_of_pairs(bench):
@@ -415,6 +460,97 @@ def test_what_takes_much_memory_runs_beside_one_peer_at_a_time(bench):
     assert vs_peers.heats(vs_peers.CASES["dpo"][0], names) == [names]
     assert vs_peers.heats(vs_peers.CASES["gpt2"][1], names) == [[*names[:2], "TRL"], [*names[:2], "TRL, bf16"]]
     assert vs_peers.heats(vs_peers.CASES["gpt2"][1], names[:2]) == [names[:2]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["vs_peers.py", "scaling.py"])
+def test_asked_for_a_gpu_that_is_not_there(script):
+    done = run(script, "--device", "cuda")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --device cuda: this machine has 0 such GPUs; use --device cpu\n"
+
+
+def test_cases_on_a_gpu_have_the_shape_of_gpt2(bench):
+    vs_peers = bench("vs_peers")
+    small, medium = (vs_peers.Args(device="cuda", model=model).cases for model in ("small", "medium"))
+    assert list(small) == list(medium) == ["sampling", "dpo", "ppo", "sft", "rm"]
+    shape = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
+    for cases, sizes in ((small, (12, 12, 768, 50257, 1024)), (medium, (24, 16, 1024, 50257, 1024))):
+        for (case,) in cases.values():
+            assert tuple(getattr(case.config, name) for name in shape) == sizes
+            assert case.asked.keys() <= case.peers.keys()
+            assert not any("TRL" in name and settings.get("compile") for name, settings in case.peers.items())
+    (sampling,) = small["sampling"]
+    assert (sampling.batch, sampling.prompt, sampling.response, sampling.tokens) == (64, 48, 64, 64 * 64)
+    assert sampling.asked == {"transformers, bf16": 5, "transformers, bf16, compiled": 2}
+    assert small["dpo"][0].asked == small["ppo"][0].asked == {"TRL, bf16": 2}
+    assert small["dpo"][0].tokens == 16 * (128 + 2 * 128)
+    assert not any(case.asked for cases in medium.values() for case in cases)
+    compiled = vs_peers.Args(device="cuda", compile=True, only=("dpo",), batch=8).cases
+    assert list(compiled) == ["dpo"]
+    assert "TRL, bf16, compiled" in compiled["dpo"][0].peers
+    assert (compiled["dpo"][0].batch, compiled["dpo"][0].asked) == (8, {})
+    with pytest.raises(vs_peers.InputError, match="--only pretrain: on a GPU there are sampling, dpo, ppo, sft, rm"):
+        _ = vs_peers.Args(device="cuda", only=("dpo", "pretrain")).cases
+    assert list(vs_peers.Args().cases) == ["sampling", "ppo", "dpo", "rm", "sft", "pretrain", "gpt2"]
+
+
+def test_peers_are_told_the_device(bench):
+    common = bench("_theirs").common
+    job = {"folder": ".", "batch": 4, "steps": 3, "settings": {"dtype": "bf16"}}
+    on = {device: common(job | {"device": device}) for device in ("cpu", "cuda")}
+    assert on["cpu"]["use_cpu"] and not on["cpu"]["dataloader_pin_memory"]
+    assert not on["cuda"]["use_cpu"] and on["cuda"]["dataloader_pin_memory"]
+    assert on["cpu"]["bf16"] and on["cuda"]["bf16"]
+
+
+def test_what_is_asked_on_a_gpu(bench):
+    vs_peers = bench("vs_peers")
+    case = vs_peers.Args(device="cuda").cases["ppo"][0]
+    row = vs_peers.Row(
+        "ppo", "TRL, bf16", 1.0, to_fp32=(9.0, (9.0, 9.0)), to_best=(1.9, (1.5, 2.5)), settings=vs_peers.BF16
+    )
+    (bound,) = vs_peers.promised(case, [row])
+    assert dataclasses.astuple(bound) == ("ppo, best", "≥ 2× as fast as TRL, bf16", "1.90×", False)
+
+    def asked(task, syncs, **about):
+        workers = {name: SimpleNamespace(syncs=syncs, about=[about]) for name in ("ours, best", "TRL")}
+        bounds = vs_peers.synchronisations(dataclasses.replace(case, name=task, task=task), workers)
+        return [(bound.what, bound.asked, bound.met) for bound in bounds]
+
+    assert asked("ppo", 58, updates=16) == [("ppo, ours, best", "≤ 58 host synchronisations", True)]
+    assert asked("ppo", 59, updates=16) == [("ppo, ours, best", "≤ 58 host synchronisations", False)]
+    assert asked("sft", 4) == [("sft, ours, best", "≤ 3 host synchronisations", False)]
+    assert asked("sampling", 1000) == asked("sft", None) == []
+
+
+def test_what_would_end_too_late_is_left_out_and_named(bench, tmp_path, monkeypatch):
+    """The first case takes all the time there is: it stands in the file before the second is left out."""
+    vs_peers, path = bench("vs_peers"), tmp_path / "results.json"
+    row = vs_peers.Row("dpo", "ours, fp32", 0.5)
+    wrote = []
+
+    def run_case(case, args, information, deadline):
+        assert 0 < deadline - time.monotonic() <= 60
+        wrote.append((case.name, path.exists()))
+        monkeypatch.setattr(time, "monotonic", lambda: deadline - 1)
+        return [row], [], []
+
+    monkeypatch.setattr(vs_peers, "run_case", run_case)
+    vs_peers.main(vs_peers.Args(only=("dpo", "rm"), minutes=1, json=path))
+    assert wrote == [("dpo", False)]
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["case"], row["seconds"]) for row in rows] == [("dpo", 0.5), ("rm", None)]
+    assert rows[1]["note"] == "left out, since it would end after 1 minutes"
+
+
+def test_nobody_is_waited_for_beyond_the_minutes(tmp_path):
+    path = tmp_path / "results.json"
+    done = run("vs_peers.py", "--only", "sft", *SMALL, *ROUNDS, "--minutes", "0.01", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert all(row["seconds"] is None and row["skipped"] for row in rows)
+    assert "left out" in done.stdout
 
 
 def test_settings_go_where_they_are_accepted(bench):
@@ -522,10 +658,36 @@ def test_scaling_end_to_end(tmp_path):
     for row in rows:
         assert 0 < row["floor"] < row["fastest"] <= row["seconds"]
         assert f"{1e3 * row['seconds']:.1f}" in done.stdout
+        assert row["peak_bytes"] is row["syncs"] is None
+    assert rows[0]["tokens_per_second"] == pytest.approx(2 * 8 / rows[0]["seconds"])
+    assert rows[2]["tokens_per_second"] == pytest.approx(2 * 6 / rows[2]["seconds"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     done = run("scaling.py", "--width", "48")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --width 48 must be a multiple of 32, the width of a head\n"
+
+
+def test_scaling_on_a_gpu_is_around_gpt2_small(bench, tmp_path, capsys):
+    scaling = bench("scaling")
+    sizes = scaling.Args(device="cuda", length=(64,)).sizes
+    size = scaling.Size(**{axis: values[0] for axis, values in sizes.items()})
+    assert (size.config.n_layer, size.config.n_head, size.config.n_embd, size.config.vocab_size) == (12, 12, 768, 50257)
+    assert size.length == 64
+    assert scaling.Size(64, 300, 1, 1, 256).config.n_head == 8
+    assert scaling.measure("batch", scaling.Args(minutes=1), deadline=time.monotonic() - 1) == []
+    assert "left out, since it would end after 1 minutes: sample, batch 128" in capsys.readouterr().out
+
+
+def test_rounds_warm_up_count_and_are_timed(bench):
+    scaling, used = bench("scaling"), []
+    meter = SimpleNamespace(**{name: partial(used.append, name) for name in ("rest", "wait", "watch")})
+    meter.watched = lambda: used.append("watched") or 7
+    rounds = scaling.Rounds(meter)
+    for i in range(3):
+        with rounds.one():
+            used.append(i)
+    assert used == ["rest", "wait", 0, "wait", "wait", "watch", 1, "watched", "wait", "wait", 2, "wait"]
+    assert (len(rounds.seconds), rounds.syncs) == (1, 7)
 
 
 # --- floating-point operations ----------------------------------------------------------------------------------------

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA source i
 CUDA_TYPES = ("float", "double", "__half", "__nv_bfloat16")
 TYPES = {"f": "float", "d": "double", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 REFERENCE = {"0": "alone", "1": "with reference"}
-WHOLE = {"0": "of splits", "1": "whole"}
-KERNELS = {f"fill_gradient {t} {r}" for t in TYPES.values() for r in REFERENCE.values()}
-KERNELS |= {f"sum_splits {t} {r} {w}" for t in TYPES.values() for r in REFERENCE.values() for w in WHOLE.values()}
+KERNELS = {
+    f"{name} {t} {r}" for name in ("sum_splits", "fill_gradient") for t in TYPES.values() for r in REFERENCE.values()
+}
 KERNELS |= {"finish_rows float", "finish_rows double"}
 INSTANCES = """
 #include "token_stats.cuh"
@@ -52,13 +52,11 @@ def register_bound(kernel: str) -> int:
     """What leaves room for the blocks a kernel counts on (`min_blocks` in sums.cuh): 65536 registers, 128 threads each.
 
     Six blocks of sums of one set of logits, five of two sets or of gradients: their loads hide each other's waiting, so
-    fewer would cost bandwidth. Four of whole rows, which are short. Three in double. The kernels with a thread a row do
-    next to nothing.
+    fewer would cost bandwidth. Three in double. The kernel with a thread a row does next to nothing.
     """
     if kernel.startswith("finish_rows"):
         return 128
-    sums = 4 if "whole" in kernel else 6 if "alone" in kernel else 5
-    blocks = 3 if "double" in kernel else sums if kernel.startswith("sum_splits") else 5
+    blocks = 3 if "double" in kernel else 6 if kernel.startswith("sum_splits") and "alone" in kernel else 5
     return 65536 // (128 * blocks) // 8 * 8  # they are handed out by eights
 
 
@@ -76,11 +74,10 @@ def usage(
     found = {}
     for report in done.stderr.split("Compiling entry function ")[1:]:
         symbol = report.split("'")[1]
-        arguments = rf"(?:I({'|'.join(TYPES)})(?:Lb([01])E)?(?:Lb([01])E)?E)?"
-        parts = re.match(rf"_ZN8minirlhf4cuda\d+([a-z_]+){arguments}E", symbol)
+        parts = re.match(rf"_ZN8minirlhf4cuda\d+([a-z_]+)(?:I({'|'.join(TYPES)})(?:Lb([01]))?E)?E", symbol)
         assert parts, f"a kernel of an unknown form: {symbol}"
-        name, element, with_ref, whole = parts.groups()
-        kernel = " ".join(filter(None, (name, TYPES.get(element), REFERENCE.get(with_ref), WHOLE.get(whole))))
+        name, element, with_ref = parts.groups()
+        kernel = " ".join(filter(None, (name, TYPES.get(element), REFERENCE.get(with_ref))))
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         shared = re.search(r"(\d+) bytes smem", report)
         found[kernel] = {
@@ -131,6 +128,19 @@ def test_the_gate_can_fail(tmp_path):
     sums.write_text(broken)
     problems = excesses(usage("sm_90", tmp_path, csrc, ["__nv_bfloat16"]))
     assert any(re.match("sum_splits bf16 with reference: [0-9]+ bytes of spills", problem) for problem in problems)
+
+
+def test_memory_is_reached_16_bytes_at_a_time(tmp_path):
+    """The loads of a chunk and of what its vectors are cut out of, and a gradient's stores, as PTX names them."""
+    source = tmp_path / "bf16.cu"
+    source.write_text(INSTANCES % "INSTANTIATE(__nv_bfloat16)")
+    command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", f"-I{CSRC / 'cuda'}", "-ptx", str(source), "-o", "-"]
+    ptx = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    bodies = dict(re.findall(r"\.entry \S*?(sum_splits|fill_gradient)\S*Lb1E\S*\((.*?)\n\}\n", ptx, re.DOTALL))
+    assert set(bodies) == {"sum_splits", "fill_gradient"}
+    loads = {name: len(re.findall(r"ld\.global\.\S*v4\.\w32", body)) for name, body in bodies.items()}
+    assert loads == dict.fromkeys(bodies, 2 * 2 * 2 * 2)  # two inputs, two vectors, two halves; whole chunks and edges
+    assert len(re.findall(r"st\.global\.\S*v4\.\w32", bodies["fill_gradient"])) >= 2 * 2  # two outputs, two vectors
 
 
 def compile_extension(folder: Path) -> subprocess.CompletedProcess:

@@ -30,8 +30,9 @@ unchecked = inspect.unwrap(token_stats)  # without the type checker that the tes
 
 @pytest.fixture(scope="module")
 def ops():
-    """torch.ops.minirlhf, built."""
-    token_stats(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), kernel="fused")
+    """torch.ops.minirlhf, built for every device there is: who calls an op directly finds the CPU's alone."""
+    for device in DEVICES:
+        token_stats(torch.zeros(1, 2, device=device), torch.zeros(1, dtype=torch.long, device=device), kernel="fused")
     return torch.ops.minirlhf
 
 

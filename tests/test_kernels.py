@@ -426,6 +426,21 @@ def test_no_cuda_says_where_it_was_looked_for(installed, tmp_path):
     assert str(wrapper) in str(reason.value) and str(installed / "cuda-13.0") in str(reason.value)
 
 
+def test_cudart_is_linked_from_where_it_is(installed, tmp_path, monkeypatch):
+    home = cuda_folder(tmp_path / "home")
+    (tmp_path / "build").mkdir()
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "site" / "torch" / "__init__.py"))
+    assert kernels._cudart_flags(home, tmp_path / "build") == []
+    wheel = tmp_path / "site" / "nvidia" / "cu13" / "lib" / "libcudart.so.13"
+    wheel.parent.mkdir(parents=True)
+    wheel.touch()
+    assert kernels._cudart_flags(home, tmp_path / "build") == [f"-L{tmp_path / 'build'}"]
+    assert (tmp_path / "build" / "libcudart.so").resolve() == wheel
+    (home / "lib").mkdir()
+    (home / "lib" / "libcudart.so").touch()
+    assert kernels._cudart_flags(home, tmp_path / "build") == [f"-L{home / 'lib'}"]
+
+
 def test_both_libraries_are_built_when_asked_for(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(kernels, "load", lambda cuda=False: asked.append(cuda))

@@ -1,5 +1,6 @@
 """linear_token_stats: the op on hidden @ weight.T, which is never held whole; against float64 and against itself."""
 
+import contextlib
 import inspect
 
 import numpy as np
@@ -9,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import DEVICES, IGNORED, INF, NAN, SEEDS, assert_close, float64, peak_extra_bytes, randint, randn
 from torch.library import opcheck
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minirlhf import fused
 from minirlhf.certificate import float64_gradients, float64_stats, linear_tolerances
@@ -485,3 +489,158 @@ def test_results_can_be_changed_in_place(kernel):
     x.grad = None
     token_stats(x, t, kernel=kernel).logprobs.sum().backward()
     torch.testing.assert_close(twice, 2 * x.grad)
+
+
+# --- as on a GPU, where nothing may depend on the values --------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Names the operations for which the host would wait for a GPU: those whose outcome or shape depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name.startswith("index") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in tree_leaves(args[1:])
+        )
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "item", "unique"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """CPU tensors take the GPU's way; its products with an fp32 sum are computed in fp32 from the rounded factors."""
+    monkeypatch.setattr(fused, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(fused, "_check_targets", lambda *_: None)  # it leaves a GPU's alone
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", lambda a, b, dtype, *, out: out.copy_(a.to(dtype) @ b.to(dtype)), "CPU")
+
+    def addmm(total, a, b, dtype, *, beta=1, alpha=1, out):
+        assert (beta, alpha) == (1, 1)
+        return out.copy_(total + a.to(dtype) @ b.to(dtype))
+
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    yield
+    library._destroy()
+
+
+def without_dispatch(*inputs):
+    """The two ops' own code, where a dispatch mode sees each operation."""
+    stats, saved = fused.linear_token_stats._init_fn(*inputs, 0.7, IGNORED, 99)
+    return fused.linear_token_stats_backward._init_fn(
+        torch.ones_like(stats), *inputs, saved, 0.7, IGNORED, True, True, 99
+    )
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_host_never_waits(as_on_a_gpu, monkeypatch, with_reference, dtype):
+    inputs = case(9, 16, 101, dtype)
+    inputs[2].clamp_(max=98)
+    inputs = (*inputs[:3], *(inputs[3:] if with_reference else (None, None)))
+    with Waits() as gpu:
+        without_dispatch(*inputs)
+    assert gpu.found == []
+    monkeypatch.setattr(fused, "_on_gpu", lambda x: False)
+    with Waits() as cpu:
+        without_dispatch(*inputs)
+    assert "nonzero" in cpu.found  # it would have been seen
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("small_tiles", [False, True])
+def test_without_a_look_the_results_are_the_same(monkeypatch, as_on_a_gpu, with_reference, dtype, small_tiles):
+    """Ignored rows, NaN in them, upstream gradients that are all 0; sums in fp32 are no further from float64."""
+    if small_tiles:
+        monkeypatch.setattr(fused, "TILE_ROWS", {"cpu": 5})
+        monkeypatch.setattr(fused, "TILE_ELEMENTS", {"cpu": 5 * 300})
+    inputs = case(33, 8, 1021, dtype)
+    inputs = inputs if with_reference else inputs[:3]
+    check("fused", *inputs, temperature=0.7)
+    stats, g, grads = run("fused", *inputs)
+    inputs[0][inputs[2] == IGNORED] = NAN
+    if with_reference:
+        inputs[3][inputs[2] == IGNORED] = INF
+    again, _, with_nan = run("fused", *inputs, upstream=g)
+    assert torch.equal(again, stats)
+    assert all(torch.equal(a, b) for a, b in zip(with_nan, grads))
+    assert (grads[0][inputs[2] == IGNORED] == 0).all()
+    g[2:] = 0  # no KL to be learnt
+    without_kl = run("fused", *inputs, upstream=g)[2]
+    for a, b in zip(without_kl, run("fused", *inputs[:3], upstream=g[:2])[2]):
+        torch.testing.assert_close(a, b)
+    nothing = run("fused", inputs[0], inputs[1], torch.full_like(inputs[2], IGNORED))
+    assert (nothing[0] == 0).all()
+    assert all((grad == 0).all() for grad in nothing[2])
+
+
+def test_on_a_gpu_products_are_not_rounded_before_they_are_added(as_on_a_gpu, monkeypatch):
+    factors = [(randn(9, 30, seed=i, dtype=torch.bfloat16), randn(30, 8, seed=i + 1)) for i in range(20)]
+    factors = [(a, b.bfloat16()) for a, b in factors]
+    want = sum(a.double() @ b.double() for a, b in factors)
+
+    def error():
+        total = torch.full((9, 8), NAN)
+        for i, (a, b) in enumerate(factors):
+            fused._accumulate(total, a, b, first=i == 0)
+        return float((total - want).abs().max())
+
+    gpu = error()
+    monkeypatch.setattr(fused, "_on_gpu", lambda x: False)
+    assert gpu < 1e-4 < 1e-2 < error()
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that what was allocated inside held at any time."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.highest = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in known:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.highest = max(self.highest, sum(size for _, size in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "width", "dtype"), [(8192, 768, torch.bfloat16), (8192, 768, torch.float32), (2048, 256, torch.float32)]
+)
+def test_on_a_gpu_the_logits_are_never_held(monkeypatch, with_reference, rows, width, dtype):
+    """With a GPU's tiles, counted on tensors without memory: beyond the gradients a sixteenth of N·V·4 bytes at most.
+
+    What the kernels take for themselves is not seen here: the parts of rows that are cut, of which a tile has none.
+    """
+    monkeypatch.setattr(fused, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(fused, "TILE_ROWS", {"meta": fused.TILE_ROWS["cuda"]})
+    monkeypatch.setattr(fused, "TILE_ELEMENTS", {"meta": fused.TILE_ELEMENTS["cuda"]})
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know this device
+    library = torch.library.Library("aten", "IMPL")
+    for name in ("mm.dtype_out", "addmm.dtype_out"):
+        library.impl(name, lambda *_, out, **__: out, "Meta", allow_override=True)
+    hidden, weight = (torch.empty(n, width, dtype=dtype, device="meta") for n in (rows, 50257))
+    targets = torch.empty(rows, dtype=torch.long, device="meta")
+    inputs = hidden, weight, targets, *((hidden, weight) if with_reference else (None, None))
+    try:
+        with Live() as forward:
+            stats, saved = fused.linear_token_stats._init_fn(*inputs, 1.0, IGNORED)
+        with Live() as backward:
+            grads = fused.linear_token_stats_backward._init_fn(stats, *inputs, saved, 1.0, IGNORED, True, True)
+    finally:
+        library._destroy()
+    bound = rows * 50257 * 4 / 16
+    tiles = 0.9 * min(fused.TILE_ELEMENTS["meta"], rows * 50257 // fused.TILE_SHARE) * dtype.itemsize
+    assert tiles <= forward.highest <= bound
+    assert tiles <= backward.highest - sum(grad.nbytes for grad in grads) <= bound

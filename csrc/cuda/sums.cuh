@@ -141,17 +141,20 @@ __device__ Sums<Real<T>> thread_sums(const Part<const T>& x, const Part<const T>
   constexpr int vectors = chunk_vectors<with_ref>;
   Sums<R> sums = no_sums<R>();
   for (int column = first_of_thread<T, with_ref>(); column < end; column += block_stride<T, with_ref>()) {
-    Vector chunk_x[vectors], chunk_y[vectors];
-    load_chunk(chunk_x, x, column);
-    if constexpr (with_ref) load_chunk(chunk_y, y, column);
+    Chunk<T, vectors> chunk_x, chunk_y;
+    chunk_x.ask(x, column);
+    if constexpr (with_ref) chunk_y.ask(y, column);
+    chunk_x.take(x, column);
+    if constexpr (with_ref) chunk_y.take(y, column);
 
     // A NaN is passed over here; it comes back through the exponential.
-    const R m_p = largest<T>(chunk_x, sums.m_p), m_q = with_ref ? largest<T>(chunk_y, sums.m_q) : sums.m_q;
+    const R m_p = largest<T>(chunk_x.v, sums.m_p), m_q = with_ref ? largest<T>(chunk_y.v, sums.m_q) : sums.m_q;
     if (m_p != sums.m_p || m_q != sums.m_q) move_to<with_ref>(sums, m_p, m_q, exp);
     // Nothing but masked tokens yet: any finite maximum gives the exponentials 0, and -inf - -inf would give NaN.
     const R at_p = m_p == -inf<R> ? 0 : m_p, at_q = m_q == -inf<R> ? 0 : m_q;
-    Sums<R> now = chunk_sums<T, with_ref, false>(chunk_x, chunk_y, at_p, at_q, exp);
-    if (!isfinite(now.u) || !isfinite(now.v)) now = chunk_sums<T, with_ref, true>(chunk_x, chunk_y, at_p, at_q, exp);
+    Sums<R> now = chunk_sums<T, with_ref, false>(chunk_x.v, chunk_y.v, at_p, at_q, exp);
+    if (!isfinite(now.u) || !isfinite(now.v))
+      now = chunk_sums<T, with_ref, true>(chunk_x.v, chunk_y.v, at_p, at_q, exp);
     add<with_ref>(sums, now);
   }
   return sums;
@@ -193,7 +196,6 @@ __device__ Sums<double> merge_block(Sums<R> mine, ScaledExp<R> exp) {
   MINIRLHF_SHARED(Sums<double>, warp_sums, max_threads / 32);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   merge_lanes<with_ref, counted, 32>(mine, exp);
-  __syncthreads();  // the last row's have been read
   if (lane == 0) {
     warp_sums[warp] = Sums<double>{mine.m_p, 0, double(mine.n_p) + mine.s_p, mine.u,
                                    mine.m_q, 0, double(mine.n_q) + mine.s_q, mine.v};
@@ -235,20 +237,16 @@ __device__ inline RowState empty_row() {
   return {-inf<double>, 0, 0, nan<double>, -inf<double>, 0, 0, nan<double>};
 }
 
-// Adds a row's parts in order.
-__device__ inline RowState merged(RowState row, const RowState* parts, int64_t count, ScaledExp<double> exp) {
-  Sums<double> sums = sums_of(row);
-  for (int64_t i = 0; i < count; ++i) {
-    const RowState part = parts[i];
-    Sums<double> more = sums_of(part);
-    const double m_p = max(sums.m_p, more.m_p), m_q = max(sums.m_q, more.m_q);
-    move_to<true>(sums, m_p, m_q, exp);
-    move_to<true>(more, m_p, m_q, exp);
-    add<true>(sums, more);
-    if (!isnan(part.x_t)) row.x_t = part.x_t;
-    if (!isnan(part.y_t)) row.y_t = part.y_t;
-  }
-  return {sums.m_p, sums.s_p, sums.u, row.x_t, sums.m_q, sums.s_q, sums.v, row.y_t};
+// What is known of a row after some columns, and some more.
+template <bool with_ref>
+__device__ RowState merged(const RowState& row, const RowState& part, ScaledExp<double> exp) {
+  Sums<double> sums = sums_of(row), more = sums_of(part);
+  const double m_p = max(sums.m_p, more.m_p), m_q = max(sums.m_q, more.m_q);
+  move_to<with_ref>(sums, m_p, m_q, exp);
+  move_to<with_ref>(more, m_p, m_q, exp);
+  add<with_ref>(sums, more);
+  return {sums.m_p, sums.s_p, sums.u, isnan(part.x_t) ? row.x_t : part.x_t,
+          sums.m_q, sums.s_q, sums.v, isnan(part.y_t) ? row.y_t : part.y_t};
 }
 
 // What the gradient needs of a row: with means under the policy, mean_p of x - m_p, mean_kl of (x - m_p) - (y - m_q).
@@ -258,100 +256,89 @@ struct Saved {
   S m_p, log_s_p, m_q, log_s_q, mean_p, mean_kl;
 };
 
-// Where the sums of whole rows go: into what is known of them after some tiles (`state`), or else to their end.
+// Where the sums of whole rows go: into their statistics, each `rows` apart, and what is saved; or, a tile's, into what
+// is known of the rows.
 template <typename S>
-struct Outcome {
-  S* stats;  // each `rows` apart
-  Saved<S>* saved;
-  RowState* state;
-  bool anew;  // the first tile
-  bool with_ref;
+struct Results {
   int64_t rows;
+  bool has_ref;
   ScaledExp<double> exp;
+  S* stats;
+  Saved<S>* saved;
+  RowState* state;  // null: statistics are wanted
+  bool anew;        // the tile is a row's first
 
-  // A row's end: its statistics, and what is saved. An ignored row has sums of nothing.
-  __device__ void finish(int64_t row, bool ignored, const RowState& sums) const {
-    double logprob = 0, entropy = 0, ref_logprob = 0, kl = 0;
-    Saved<S> rest{0, 0, 0, 0, 0, 0};
-    if (!ignored) {
-      const double inverse_temperature = exp.scale, scaled = inverse_temperature / sums.s_p;
-      const double log_s_p = sums.m_p == -inf<double> ? nan<double> : log(sums.s_p);
-      logprob = (sums.x_t - sums.m_p) * inverse_temperature - log_s_p;
-      entropy = log_s_p - sums.u * scaled;
-      rest.m_p = static_cast<S>(sums.m_p);
-      rest.log_s_p = static_cast<S>(log_s_p);
-      const bool met = !isnan(sums.x_t) || !isnan(sums.y_t);
-      rest.mean_p = static_cast<S>(copysign(sums.u / sums.s_p, met ? -1.0 : 1.0));
-      if (with_ref) {
-        const double log_s_q = sums.m_q == -inf<double> ? nan<double> : log(sums.s_q);
-        ref_logprob = (sums.y_t - sums.m_q) * inverse_temperature - log_s_q;
-        kl = sums.v * scaled - log_s_p + log_s_q;
-        rest.m_q = static_cast<S>(sums.m_q);
-        rest.log_s_q = static_cast<S>(log_s_q);
-        rest.mean_kl = static_cast<S>(isnan(kl) ? nan<double> : sums.v / sums.s_p);
-      }
+  template <bool with_ref>
+  __device__ void take(int64_t row, const RowState& sums) const {
+    if (state) {
+      state[row] = anew ? sums : merged<with_ref>(state[row], sums, exp);
+      return;
     }
-    stats[row] = static_cast<S>(logprob);
-    stats[rows + row] = static_cast<S>(entropy);
-    if (with_ref) {
-      stats[2 * rows + row] = static_cast<S>(ref_logprob);
+    const double inverse_temperature = exp.scale, scaled = inverse_temperature / sums.s_p;
+    const double log_s_p = sums.m_p == -inf<double> ? nan<double> : log(sums.s_p);
+    const double log_s_q = sums.m_q == -inf<double> ? nan<double> : log(sums.s_q);
+    const double kl = sums.v * scaled - log_s_p + log_s_q;
+    const bool met = !isnan(sums.x_t) || !isnan(sums.y_t);
+    Saved<S> rest{static_cast<S>(sums.m_p), static_cast<S>(log_s_p), 0, 0,
+                  static_cast<S>(copysign(sums.u / sums.s_p, met ? -1.0 : 1.0)), 0};
+    stats[row] = static_cast<S>((sums.x_t - sums.m_p) * inverse_temperature - log_s_p);
+    stats[rows + row] = static_cast<S>(log_s_p - sums.u * scaled);
+    if (has_ref) {
+      stats[2 * rows + row] = static_cast<S>((sums.y_t - sums.m_q) * inverse_temperature - log_s_q);
       stats[3 * rows + row] = static_cast<S>(kl);
+      rest.m_q = static_cast<S>(sums.m_q);
+      rest.log_s_q = static_cast<S>(log_s_q);
+      rest.mean_kl = static_cast<S>(isnan(kl) ? nan<double> : sums.v / sums.s_p);
     }
     saved[row] = rest;
   }
 
-  // A row's parts, in order; of an ignored row there are none.
-  __device__ void take(int64_t row, bool ignored, const RowState* parts, int64_t count) const {
-    if (state) state[row] = merged(anew || ignored ? empty_row() : state[row], parts, ignored ? 0 : count, exp);
-    else finish(row, ignored, merged(empty_row(), parts, ignored ? 0 : count, exp));
+  __device__ void take_ignored(int64_t row) const {
+    if (state) {
+      state[row] = empty_row();
+      return;
+    }
+    for (int k = 0; k < (has_ref ? 4 : 2); ++k) stats[k * rows + row] = 0;
+    saved[row] = {};
   }
 };
 
-// Block (row, split) sums one split of a row; where a row has but one, `whole`, it takes it to its outcome, too, which
-// needs more registers. An ignored row is not read.
-template <typename T, bool with_ref, bool whole>
-__global__ void __launch_bounds__(max_threads, min_blocks<T, whole ? 4 : with_ref ? 5 : 6>)
-    sum_splits(Input<T> in, ScaledExp<Real<T>> exp, Splits splits, RowState* parts, Outcome<Real<T>> outcome) {
-  for (int64_t split = blockIdx.y; split < splits.count; split += gridDim.y) {
-    const int64_t begin = split * splits.columns;
-    for (int64_t row = blockIdx.x; row < in.x_rows.count; row += gridDim.x) {
-      const int64_t target = in.targets[row], t = target - in.first_column - begin;
-      if (target == in.ignore_index) {
-        if (whole && threadIdx.x == 0) outcome.take(row, true, nullptr, 0);
-        continue;
-      }
-      const auto x = part_of(in.x, in.x_rows, row, in.columns, begin);
-      const auto y = part_of(in.y, in.y_rows, row, in.columns, begin);
-      const int end = min(x.after, splits.columns);
-      // Asked for here, looked at when all is summed: nobody waits for them.
-      const bool met = threadIdx.x == 0 && t >= 0 && t < end;
-      T x_t{}, y_t{};
-      if (met) x_t = x.p[t];
-      if (met && with_ref) y_t = y.p[t];
-      const Sums<Real<T>> mine = thread_sums<T, with_ref>(x, y, end, exp);
-      const Sums<double> all = merge_block<with_ref, counts_maxima<T>>(mine, exp);
-      if (threadIdx.x != 0) continue;
-      const RowState part{all.m_p, all.s_p, all.u, met ? widened(x_t) : nan<double>,
-                          all.m_q, all.s_q, all.v, met && with_ref ? widened(y_t) : nan<double>};
-      if (whole) outcome.take(row, false, &part, 1);
-      else parts[row * splits.count + split] = part;
-    }
+// Block (row, split) sums one split of a row. One that has the whole row finishes it. An ignored row is not read.
+template <typename T, bool with_ref>
+__global__ void __launch_bounds__(max_threads, min_blocks<T, with_ref ? 5 : 6>)
+    sum_splits(Input<T> in, ScaledExp<Real<T>> exp, Splits splits, RowState* parts, Results<Real<T>> results) {
+  const int64_t split = blockIdx.y, row = blockIdx.x, begin = split * splits.columns;
+  const int64_t target = in.targets[row], t = target - in.first_column - begin;
+  if (target == in.ignore_index) {
+    if (splits.count == 1 && threadIdx.x == 0) results.take_ignored(row);
+    return;
   }
+  const auto x = part_of(in.x, in.x_rows, row, in.columns, begin);
+  const auto y = part_of(in.y, in.y_rows, row, in.columns, begin);
+  const int end = min(x.after, splits.columns);
+  const bool met = threadIdx.x == 0 && t >= 0 && t < end;
+  T x_t{}, y_t{};  // asked for now, looked at below: the first chunk's loads do not wait for them
+  if (met) x_t = x.p[t];
+  if (with_ref && met) y_t = y.p[t];
+  const Sums<Real<T>> mine = thread_sums<T, with_ref>(x, y, end, exp);
+  const Sums<double> all = merge_block<with_ref, counts_maxima<T>>(mine, exp);
+  if (threadIdx.x != 0) return;
+  const RowState part{all.m_p, all.s_p, all.u, met ? widened(x_t) : nan<double>,
+                      all.m_q, all.s_q, all.v, with_ref && met ? widened(y_t) : nan<double>};
+  if (splits.count == 1) results.template take<with_ref>(row, part);
+  else parts[row * splits.count + split] = part;
 }
 
-template <typename F>
-__device__ void for_each_row(int64_t rows, F f) {
-  for (int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; row < rows; row += int64_t(gridDim.x) * blockDim.x)
-    f(row);
-}
-
-// Rows of several splits: a thread a row takes them to their outcome. Also states that were updated tile by tile.
+// A thread a row: adds its parts in order. An ignored row has none.
 template <typename S>
 __global__ void finish_rows(const RowState* parts, int64_t splits, const int64_t* targets, int64_t ignore_index,
-                            Outcome<S> outcome) {
-  for_each_row(outcome.rows, [&](int64_t row) {
-    outcome.take(row, targets[row] == ignore_index, parts + row * splits, splits);
-  });
+                            Results<S> results) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= results.rows) return;
+  if (targets[row] == ignore_index) return results.take_ignored(row);
+  RowState sums = parts[row * splits];
+  for (int64_t i = 1; i < splits; ++i) sums = merged<true>(sums, parts[row * splits + i], results.exp);
+  results.template take<true>(row, sums);
 }
 
 }  // namespace minirlhf::cuda

@@ -58,11 +58,10 @@ struct Rowwise {
   }
 };
 
-// Room for the parts of rows that have several.
-template <typename T>
 Tensor fresh_workspace(const Tensor& logits, int64_t rows) {
-  const int64_t count = splits<T>(logits.size(-1));
-  return at::empty({count == 1 ? 0 : rows * count, state_size}, logits.options().dtype(at::kDouble));
+  int64_t count = 0;
+  MINIRLHF_DISPATCH(logits.scalar_type(), [&] { count = rows * kept_splits<T>(logits.size(-1)); });
+  return at::empty({count, state_size}, logits.options().dtype(at::kDouble));
 }
 
 // --- the ops on whole rows -------------------------------------------------------------------------------------------
@@ -75,8 +74,8 @@ std::tuple<Tensor, Tensor> token_stats(const Tensor& logits, const Tensor& targe
   const auto options = logits.options().dtype(stats_type(logits.scalar_type()));
   Tensor stats = at::empty(stats_shape(targets, ref_logits.has_value()), options);
   Tensor saved = at::empty({targets.numel(), saved_size}, options);
+  Tensor workspace = fresh_workspace(logits, targets.numel());
   MINIRLHF_DISPATCH(logits.scalar_type(), [&] {
-    const Tensor workspace = fresh_workspace<T>(logits, targets.numel());
     C10_CUDA_CHECK(launch_token_stats(rows.of<T>(targets, 0, temperature, ignore_index), written<RowState>(workspace),
                                       written<Real<T>>(stats), written<Saved<Real<T>>>(saved), launch.stream));
   });
@@ -112,8 +111,8 @@ void token_stats_update_(const Tensor& state, const Tensor& logits, const Tensor
   check_companion("state", state, at::kDouble, {targets.numel(), state_size}, logits.device());
   const Launch launch(logits.device());
   const Rowwise rows(logits, ref_logits);
+  Tensor workspace = fresh_workspace(logits, targets.numel());
   MINIRLHF_DISPATCH(logits.scalar_type(), [&] {
-    const Tensor workspace = fresh_workspace<T>(logits, targets.numel());
     C10_CUDA_CHECK(launch_update(rows.of<T>(targets, first_column, temperature, ignore_index),
                                  written<RowState>(workspace), written<RowState>(state), launch.stream));
   });

@@ -190,38 +190,63 @@ __device__ void cut_all(Vector (&low)[vectors], const Vector (&high)[vectors], i
 template <typename T>
 constexpr int stride = 32 * width<T>;
 
-// The vectors that begin at `column`, column + stride, ... `own_only`: reads nothing but these columns, for rows that
+// The vectors of a thread's chunk, which begin at `column`, column + stride, ...: first asked for, then taken, so that a
+// thread may work on one chunk while the next is on its way. `own_only`: reads nothing but these columns, for rows that
 // other threads write at the same time.
 template <typename T, int vectors>
-__device__ void load_chunk(Vector (&v)[vectors], const Part<const T>& row, int column, bool own_only = false) {
-  constexpr int step = stride<T>;
-  const int skew = elements_past_boundary(row.p + column), first = column - skew;
-  const int reach = skew ? 2 * width<T> : width<T>;
-  const auto inside = [&](int j) {
-    return first + j * step >= -row.before && first + j * step + reach <= row.after && !(own_only && skew);
-  };
-  const auto aligned = [&](int j) { return reinterpret_cast<const Vector*>(row.p + first + j * step); };
-  if (inside(0) && inside(vectors - 1)) {  // all loads first, for they take long
-    Vector next[vectors];
+struct Chunk {
+  Vector v[vectors], next[vectors];  // between the two, the aligned vectors that hold them
+
+  // All zeros, of what is not wanted.
+  __device__ void clear() {
+#pragma unroll
+    for (int j = 0; j < vectors; ++j) v[j] = {};
+  }
+
+  __device__ void ask(const Part<const T>& row, int column, bool own_only = false) {
+    const Place place(row, column, own_only);
+    if (place.whole()) {
+#pragma unroll
+      for (int j = 0; j < vectors; ++j) {
+        v[j] = place.aligned(j)[0];
+        if (place.skew) next[j] = place.aligned(j)[1];
+      }
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < vectors; ++j) {
-      v[j] = aligned(j)[0];
-      if (skew) next[j] = aligned(j)[1];
+      v[j] = place.inside(j) ? place.aligned(j)[0] : Vector{};
+      next[j] = place.inside(j) && place.skew ? place.aligned(j)[1] : Vector{};
     }
-    if (skew) cut_all<T>(v, next, skew);
-    return;
   }
+
+  __device__ void take(const Part<const T>& row, int column, bool own_only = false) {
+    const Place place(row, column, own_only);
+    if (place.skew) cut_all<T>(v, next, place.skew);
+    if (place.whole()) return;
 #pragma unroll
-  for (int j = 0; j < vectors; ++j) {
-    if (!inside(j)) {
-      v[j] = load_edge(row, column + j * step);
-      continue;
+    for (int j = 0; j < vectors; ++j) {
+      if (!place.inside(j)) v[j] = load_edge(row, column + j * stride<T>);
     }
-    Vector low[1] = {aligned(j)[0]}, high[1];
-    if (skew) high[0] = aligned(j)[1], cut_all<T>(low, high, skew);
-    v[j] = low[0];
   }
-}
+
+ private:
+  struct Place {
+    const Part<const T>& row;
+    int skew, first, reach;
+    bool own_only;
+    __device__ Place(const Part<const T>& row, int column, bool own_only)
+        : row(row), skew(elements_past_boundary(row.p + column)), first(column - skew),
+          reach(skew ? 2 * width<T> : width<T>), own_only(own_only) {}
+    __device__ bool inside(int j) const {
+      return first + j * stride<T> >= -row.before && first + j * stride<T> + reach <= row.after && !(own_only && skew);
+    }
+    __device__ bool whole() const { return inside(0) && inside(vectors - 1); }
+    __device__ const Vector* aligned(int j) const {
+      return reinterpret_cast<const Vector*>(row.p + first + j * stride<T>);
+    }
+  };
+};
 
 // Whole where that is aligned and inside the row.
 template <typename T>

@@ -166,7 +166,7 @@ void run(const char* type, int64_t columns, int64_t offset, bool with_ref, doubl
         temperature,      kIgnored};
   };
   const auto parts = [](int64_t width) {
-    return std::unique_ptr<cuda::RowState[]>(new cuda::RowState[kRows * cuda::splits<T>(width)]);
+    return std::unique_ptr<cuda::RowState[]>(new cuda::RowState[kRows * cuda::kept_splits<T>(width)]);
   };
   const std::unique_ptr<S[]> stats(new S[count * kRows]);
   const std::unique_ptr<cuda::Saved<S>[]> saved(new cuda::Saved<S>[kRows]);
@@ -228,7 +228,7 @@ void run_all(const char* type) {
   for (const int64_t columns : {1, 2, 7, 33, 130, 1031, 5003})
     for (int64_t offset = 0; offset < cuda::width<T>; offset += columns > 2000 ? 3 : 1)
       for (const bool with_ref : {false, true}) run<T>(type, columns, offset, with_ref, with_ref ? 0.7 : 1.0);
-  run<T>(type, 40000, 1, true, 1.3);  // several splits a row
+  run<T>(type, cuda::sums_cut<T>(1 << 30).columns + 100, 1, true, 1.3);  // two splits a row
 }
 
 }  // namespace

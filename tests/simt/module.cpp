@@ -65,7 +65,7 @@ cuda::Input<T> input(const Array& x, const Array& targets, const OptionalArray& 
 template <class T>
 std::vector<cuda::RowState> workspace(const Array& x) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  return std::vector<cuda::RowState>(rows_of(x).count * cuda::splits<T>(x.shape(x.ndim() - 1)),
+  return std::vector<cuda::RowState>(rows_of(x).count * cuda::kept_splits<T>(x.shape(x.ndim() - 1)),
                                      {nan, nan, nan, nan, nan, nan, nan, nan});
 }
 
