@@ -104,8 +104,8 @@ __device__ void split_gradient(const Part<T>& dx, const Part<T>& dy, const Part<
                           place % block_stride<T, with_ref>() / chunk_columns<T, with_ref> == threadIdx.x / 32 &&
                           place / width<T> % 32 == threadIdx.x % 32;
   T target_x{}, target_y{};
-  if (has_target) target_x = x.p[target];
-  if (with_ref && has_target) target_y = y.p[target];
+  if (wants_x && has_target) target_x = x.p[target];
+  if (with_ref && wants_y && has_target) target_y = y.p[target];
   for (int first = first_of_thread<T, with_ref>() - shift; first < end; first += block_stride<T, with_ref>()) {
     Chunk<T, vectors> chunk_x, chunk_y;
     wants_x ? chunk_x.ask(x, first, in_place) : chunk_x.clear();

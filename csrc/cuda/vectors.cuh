@@ -190,9 +190,8 @@ __device__ void cut_all(Vector (&low)[vectors], const Vector (&high)[vectors], i
 template <typename T>
 constexpr int stride = 32 * width<T>;
 
-// The vectors of a thread's chunk, which begin at `column`, column + stride, ...: first asked for, then taken, so that a
-// thread may work on one chunk while the next is on its way. `own_only`: reads nothing but these columns, for rows that
-// other threads write at the same time.
+// The vectors of a thread's chunk, which begin at `column`, column + stride, ...: first all are asked for, then taken as
+// they come. `own_only`: reads nothing but these columns, for rows that other threads write at the same time.
 template <typename T, int vectors>
 struct Chunk {
   Vector v[vectors], next[vectors];  // between the two, the aligned vectors that hold them
