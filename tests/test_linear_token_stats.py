@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minirlhf import fused
+from minirlhf import fused, kernels
 from minirlhf.certificate import float64_gradients, float64_stats, linear_tolerances
 from minirlhf.token_stats import linear_token_stats, token_stats
 
@@ -118,6 +118,7 @@ def test_opcheck(device, with_reference, rows, vocab_size):
     t = t.clamp(max=28)
     reference = reference if with_reference else [None, None]
     ops = torch.ops.minirlhf
+    kernels.load(cuda=device == "cuda")  # who calls an op directly finds the CPU's alone
     stats, saved = ops.linear_token_stats(hidden, weight, t, *reference, 0.7, IGNORED, vocab_size)
     backward = (torch.randn_like(stats), hidden, weight, t, *reference, saved, 0.7, IGNORED, True, True, vocab_size)
     opcheck(ops.linear_token_stats_backward.default, backward)
