@@ -1,6 +1,7 @@
 """What test_generate.py asks of compiled steps, without its checks of signatures, which cannot be traced."""
 
 import torch
+from torch._dynamo.utils import counters
 
 from minirlhf.generate import Sampling, generate
 from minirlhf.model import GPT, GPTConfig, init_weights
@@ -20,3 +21,4 @@ if __name__ == "__main__":
     init_weights(model, 3)  # other weights, in the steps that are compiled already
     want, got = (generate(model, *given, compile=how) for how in (False, True))
     assert torch.equal(got.responses, want.responses) and not torch.equal(got.responses, again.responses)
+    assert counters["inductor"]["cudagraph_skips"] == 0

@@ -15,11 +15,13 @@ import pytest
 import torch
 from conftest import python_path
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minirlhf import dpo, fits, flex, ppo, reward_model, sft
 from minirlhf.certificate import certificate
 from minirlhf.data import Demonstration, Example, Ranking, pack
+from minirlhf.generate import generate
 from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights, packed_layout
 from minirlhf.rewards import RewardModelScorer
 from minirlhf.runs import Run, RunArgs, autocast, prepare, seeded
@@ -237,6 +239,25 @@ def test_cuda_memory_is_known_and_a_microbatch_is_found():
     memory = fits.memory(torch.device("cuda"))
     assert 1 << 30 < memory < torch.cuda.get_device_properties(0).total_memory
     assert fits.largest(64, lambda rows: fits.Estimate(0, 0, 0, rows * memory // 20), memory) == 16
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs are CUDA's")
+def test_cuda_compiled_blocks_train_alike_and_skip_no_graph(tmp_path):
+    """--compile: blocks through torch.compile, which captures nothing by itself; sampling is captured anyway."""
+    counters.clear()
+    losses = []
+    for compiled in (False, True):
+        model = network("cuda")
+        prepare(RunArgs(out=tmp_path / "none", device="cuda", compile=compiled), model)
+        tokens = torch.randint(97, 122, (4, 40), generator=seeded(0)).cuda()
+        losses.append([])
+        for _ in range(3):
+            loss = model(tokens).square().mean()
+            loss.backward()
+            losses[-1].append(loss.item())
+        generate(model, [[97, 98]] * 3, TOKENIZER.eot, 12, 0, compile=compiled)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_cuda_certificate():
