@@ -23,7 +23,15 @@ from minirlhf.checkpoints import save_model  # noqa: E402
 from minirlhf.model import GPT, GPTConfig, ScalarModel, init_weights, named_weights  # noqa: E402
 from minirlhf.tokenizer import Tokenizer  # noqa: E402
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
+
+def python_path(folder: Path | str) -> dict[str, str]:
+    """For the environment of a command: modules are looked for in the folder first, then where they were before."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+# For the commands that tests start: one thread, and this checkout's package, which need not be installed.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= python_path(Path(__file__).resolve().parent.parent)
 torch.set_num_threads(1)
 
 settings.register_profile("dev", deadline=None)
@@ -35,12 +43,6 @@ TEXTS = [
     "Customer: The lamp I bought is broken!\nAgent: That must be annoying. Please send us a photo of the damage.",
     "Customer: I was charged twice for my kettle.\nAgent: I apologise. We will refund the second payment.",
 ]
-
-
-def python_path(folder: Path | str) -> dict[str, str]:
-    """For the environment of a command: modules are looked for in the folder first, then where they were before."""
-    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
-
 
 MODULES = ("generate", "rewards", "evaluate", "best_of_n", "reward_report")
 
