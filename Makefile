@@ -9,7 +9,7 @@ BIN := .venv/bin
 PYTHON_BIN :=
 RUN = $(or $(PYTHON_BIN),$(BIN)/python)
 
-.PHONY: install demo demo-rm demo-dpo test lint clean
+.PHONY: install demo demo-rm demo-dpo test test-all lint clean
 
 install: $(if $(PYTHON_BIN),,.venv/installed)
 
@@ -57,9 +57,13 @@ demo-dpo: install
 	@mkdir -p $(RUNS)
 	OMP_NUM_THREADS=$(HALF) $(RUN) train_dpo.py --init $(RUNS)/sft $(DPO_ARGS) --out $(RUNS)/dpo --dtype $(DTYPE) --seed $(SEED) --overwrite > $(RUNS)/dpo.log 2>&1 || { cat $(RUNS)/dpo.log; exit 1; }
 
-# A file's tests stay together, since they share what they set up.
+# A file's tests stay together, since they share what they set up. `make test-all` runs the slow ones after them:
+# sanitizers, mutations, other instruction sets, torch.compile, whole experiments.
 test: install
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist loadfile -m "not slow"
+
+test-all: test
+	$(RUN) -m pytest -n auto --dist loadfile -m slow
 
 lint: install
 	@$(RUN) -c 'import ruff' 2>/dev/null || { echo "make lint needs ruff: $(RUN) -m pip install ruff" >&2; exit 2; }

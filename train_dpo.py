@@ -9,12 +9,14 @@ Records: as for train_rm.py, except labelled texts; a ranking gives all its stri
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf import helpdesk
-from minirlhf.data import Ranking, expect, read_records, split_held_out
-from minirlhf.dpo import DPOConfig, train
-from minirlhf.generate import encode_prompt, sample_texts
-from minirlhf.model import clone
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, prepare
+from minirlhf.algorithms.dpo import DPOConfig, batches, train
+from minirlhf.checks import check_at_least
+from minirlhf.commands.prompts import show_responses
+from minirlhf.data import helpdesk
+from minirlhf.data.records import Ranking, expect, read_records, split_held_out
+from minirlhf.devices import pick_device
+from minirlhf.model.gpt import clone
+from minirlhf.run import Run, RunArgs, cli, console, ensure_run, load_run, prepare, say_fit
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Args(RunArgs):
     """The policy to start from, which is also the reference: a run, or GPT-2 (a folder, gpt2, ORG/NAME)."""
     config: DPOConfig = DPOConfig()
     n: int = 5000
-    """Rankings drawn from the embedded world."""
+    """Rankings sampled from the embedded world."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,18 +51,13 @@ def main(args: Args) -> None:
     policy.train()
     prepare(args, policy, ref)
 
-    metrics = train(
-        policy, ref, rankings, held_out, tokenizer, args.config, run,
-        seed=args.seed, dtype=args.dtype, kernel=args.kernel,
-    )  # fmt: skip
+    data = batches(rankings, held_out, tokenizer, ref, args.config, args.seed)
+    say_fit([policy], [ref], data, args.config.steps)
+    metrics = train(policy, data, args.config, run)
     if "held_out_accuracy" in metrics:
         console.print(f"  held-out accuracy {metrics['held_out_accuracy']:.3f}, loss {metrics['held_out_loss']:.3f}")
 
-    policy.eval()
-    room = policy.config.n_positions - 48
-    prompts = [r.prompt for r in held_out if len(encode_prompt(tokenizer, r.prompt)) <= room][:3]
-    drawn = sample_texts(policy, tokenizer, prompts, 48, args.seed, kernel=args.kernel)
-    run.samples(args.config.steps, [{"prompt": p, "response": tokenizer.decode(r)} for p, r in zip(prompts, drawn)])
+    show_responses(run, policy, tokenizer, [r.prompt for r in held_out], args.config.steps, args.seed)
     run.finish(policy, tokenizer)
 
 

@@ -8,15 +8,17 @@ or {"text", "label"} (every text labelled 1 is preferred to every text labelled 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf import fits, helpdesk
-from minirlhf.data import Ranking, Text, expect, labelled_pairs, read_records, split_held_out
-from minirlhf.model import ScalarModel, init_head
-from minirlhf.reward_model import Rankings, RewardModelConfig, batches, train
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, console, ensure_run, load_run, pick_device, prepare, seeded
+from minirlhf.algorithms.reward_model import RewardModelConfig, batches, train
+from minirlhf.checks import check_at_least
+from minirlhf.data import helpdesk
+from minirlhf.data.records import Ranking, Text, labelled_pairs, read_one_kind, split_held_out
+from minirlhf.devices import pick_device
+from minirlhf.model.gpt import ScalarModel, init_head
+from minirlhf.run import Run, RunArgs, cli, console, ensure_run, load_run, prepare, say_fit
+from minirlhf.seeds import seeded
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Args(RunArgs):
     """The run, or GPT-2 (a folder, gpt2, ORG/NAME), whose trunk is trained on."""
     config: RewardModelConfig = RewardModelConfig()
     n: int = 6600
-    """Rankings drawn from the embedded world; pairs drawn from labelled texts are twice the larger class."""
+    """Rankings sampled from the embedded world; pairs made of labelled texts are twice the larger class."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,13 +53,11 @@ def main(args: Args) -> None:
     init_head(model, seeded(args.seed))
     model.to(pick_device(args.device)).train()
 
-    batch_at, held_out_batches = batches(
-        rankings, held_out, tokenizer, model.config.n_positions, args.config, args.seed
-    )
+    data = batches(rankings, held_out, tokenizer, model.config.n_positions, args.config, args.seed)
     console.print(f"{len(rankings):,} rankings of {args.data}, {len(held_out):,} held out")
     prepare(args, model)
-    say_fit(args, model, batch_at)
-    metrics = train(model, batch_at, held_out_batches, args.config, run, dtype=args.dtype, kernel=args.kernel)
+    say_fit([model], [], data, args.config.steps)
+    metrics = train(model, data, args.config, run)
     if metrics.get("held_out_accuracy", math.nan) >= 0:  # NaN: no pair held out is strictly ordered
         note = f"  held-out pair accuracy {metrics['held_out_accuracy']:.3f}"
         if args.data == "helpdesk":
@@ -66,23 +66,11 @@ def main(args: Args) -> None:
     run.finish(model, tokenizer)
 
 
-def say_fit(args: Args, model: ScalarModel, batch_at: Callable[[int], list[Rankings]]) -> None:
-    """What the run will take, from some of its batches."""
-    steps = range(0, args.config.steps, max(1, args.config.steps // 16))
-    pieces = [piece.packed for step in steps for piece in batch_at(step)]
-    head = bool(args.config.sft_coef)  # at most every token of a response goes through it
-    shapes = [fits.Shape(*packed.tokens.shape, head * len(packed.targets)) for packed in pieces]
-    tokens = sum(packed.tokens.numel() for packed in pieces) // len(steps)
-    fits.say(fits.estimate([model], [], shapes, tokens, args.dtype, args.kernel), max(s.rows * s.width for s in shapes))
-
-
 def read_data(args: Args) -> tuple[list[Ranking], list[Ranking]]:
     """Rankings to train on and rankings held out, which share no prompt."""
     if args.data == "helpdesk":
         return helpdesk.rankings(args.n, args.seed), helpdesk.rankings(600, args.seed, held_out=True)
-    records = read_records(args.data)
-    expect(records, (type(records[0]),), args.data, "train_rm.py (which takes one kind of record at a time)")
-    expect(records, (Ranking, Text), args.data, "train_rm.py")
+    records = read_one_kind(args.data, (Ranking, Text), "train_rm.py")
     if isinstance(records[0], Text):
         labelled_pairs(records, args.seed, 1)  # names what lacks a label, and a label that does not occur
         by_label = ([record for record in records if record.label == label] for label in (1, 0))

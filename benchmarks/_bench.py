@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.token_stats import linear_token_stats, token_stats
+from minirlhf.model.token_stats import linear_token_stats, token_stats
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP = 3  # calls; the first compiles, and is compared with eager

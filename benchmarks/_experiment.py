@@ -19,7 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from minirlhf import InputError
-from minirlhf.runs import check_at_least, write_text
+from minirlhf.checks import check_at_least
+from minirlhf.run.folder import write_text
 
 # The 97.5th percentile of Student's t for 1, 2, … degrees of freedom: from 3 seeds, 4.30 standard errors to each side.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from _rounds import METERS
 
-from minirlhf.model import GPTConfig
+from minirlhf.model.gpt import GPTConfig
 
 TRAINED = 3  # times the forward: itself, and twice as much backward
 

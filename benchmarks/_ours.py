@@ -1,6 +1,5 @@
 """What vs_peers.py runs as ours: one case in one setting, in a process of its own, through the shipped functions."""
 
-import inspect
 import json
 import statistics
 import sys
@@ -13,21 +12,36 @@ from typing import Any
 import torch
 from _rounds import METERS, Turns
 
-from minirlhf import dpo, ppo, reward_model, sft
-from minirlhf.data import Demonstration, Ranking, Text
-from minirlhf.generate import Sampling, generate
-from minirlhf.model import GPT, GPTConfig, ScalarModel, clone, init_weights
-from minirlhf.rewards import RewardModelScorer
-from minirlhf.runs import Run, RunArgs, keep_memory, load_run, prepare
-from minirlhf.token_stats import token_stats
-from minirlhf.tokenizer import Tokenizer, TokenText
+from minirlhf.algorithms import dpo, ppo, reward_model, sft
+from minirlhf.algorithms.rewards import RewardModelScorer
+from minirlhf.data.batches import examples_of_rankings
+from minirlhf.data.records import Demonstration, Ranking, Text
+from minirlhf.data.tokenizer import Tokenizer, TokenText
+from minirlhf.model.generate import generate
+from minirlhf.model.gpt import GPT, GPTConfig, ScalarModel, clone, init_weights
+from minirlhf.model.sampling import Sampling
+from minirlhf.model.token_stats import token_stats
+from minirlhf.run.arguments import RunArgs, prepare
+from minirlhf.run.command_line import keep_memory
+from minirlhf.run.folder import Run, load_run
 
 LR = 1e-6  # the weights stay about where they are, so that every round computes the same
 
 
-def accepted(function: Callable, settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings that the function takes."""
-    return {name: value for name, value in settings.items() if name in inspect.signature(function).parameters}
+def run_with(settings: dict[str, Any], *models: GPT | ScalarModel, compiled: bool = False) -> dict[str, Any]:
+    """Have networks run with the settings that they know; return these.
+
+    Args:
+        settings: of a case: kernel, dtype, compile, and whatever else.
+        models: networks.
+        compiled: whether `compile` is meant for their sampling.
+    """
+    names = ("kernel", "dtype", "compile") if compiled else ("kernel", "dtype")
+    for model in models:
+        trunk = model if isinstance(model, GPT) else model.trunk
+        trunk.run_with(settings.get("kernel"), settings.get("dtype"))
+        trunk.compiled = compiled and settings.get("compile", False)
+    return {name: value for name, value in settings.items() if name in names}
 
 
 class TurnRun(Run):
@@ -92,11 +106,11 @@ def make_model(config: GPTConfig, seed: int, scalar: bool = False, endless: bool
 
 def sampling(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     policy, tokenizer = load_run(job["folder"] / "policy", device=turns.device)
-    settings = accepted(generate, job["settings"])
+    settings = run_with(job["settings"], policy, compiled=True)
 
     def draw(temperature: float, seed: int) -> Any:
         given = (policy, data["prompts"], tokenizer.eot, job["response"], seed)
-        return generate(*given, Sampling(temperature), **settings)
+        return generate(*given, Sampling(temperature))
 
     turns.ready(settings=settings, greedy=draw(0.0, 0).responses.tolist())
     for step in range(job["steps"]):
@@ -108,7 +122,6 @@ def sampling(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
 def ppo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     policy, tokenizer = load_run(job["folder"] / "policy", device=turns.device)
     reward = RewardModelScorer(job["folder"] / "reward", turns.device)
-    reward.dtype = job["settings"].get("dtype", "fp32")
     kind = job["settings"].get("critic", "separate")
     critic = ScalarModel(policy.config, trunk=policy) if kind == "shared" else clone(reward.model)
     critic.requires_grad_(True)
@@ -116,12 +129,13 @@ def ppo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
         critic=kind, steps=job["steps"], batch_size=job["batch"], epochs=job["epochs"], minibatches=job["minibatches"],
         microbatch_size=job["micro"], response_tokens=str(job["response"]), lr=LR, critic_lr=LR, sample_every=10**9,
     )  # fmt: skip
-    settings = accepted(ppo.train, {name: value for name, value in job["settings"].items() if name != "critic"})
+    networks = ppo.Networks(policy, clone(policy), critic)
+    run_with(job["settings"], policy, compiled=True)
+    run_with(job["settings"], networks.ref, critic, reward.model)
+    policy.compiled = job["settings"].get("compile", False)
     run = TurnRun(job, turns, job["settings"])
     prompts = data["prompts"]
-    ppo.train(
-        policy, clone(policy), critic, reward, lambda step: prompts, tokenizer, config, run, seed=0, **settings
-    )  # fmt: skip
+    ppo.train(networks, reward, lambda step: prompts, tokenizer, config, run, 0)
 
 
 def rankings(data: dict[str, Any]) -> list[Ranking]:
@@ -138,18 +152,22 @@ def dpo_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
         steps=job["steps"], batch_size=job["batch"], lr=LR, label_smoothing=0.0, sft_coef=0.0,
         microbatch_size=job["micro"], held_out=0.0,
     )  # fmt: skip
-    settings = accepted(dpo.train, job["settings"])
+    settings = run_with(job["settings"], policy, ref)
     ref.requires_grad_(False)
-    # `train` reads the reference once, before the first step; a round does it again for the one batch there is.
-    data_of = accepted(dpo.with_reference, {"dtype": "fp32", "kernel": "auto"} | job["settings"])
-    records, _ = dpo.tokenise(rankings(data), tokenizer, policy.config.n_positions)
+    # `batches` reads the reference once, before the first step; a round does it again for the one batch there is.
+    examples, _ = examples_of_rankings(tokenizer, rankings(data), policy.config.n_positions)
+    records = [dpo.Compared(own, [(0, 1)]) for own in examples]
     size = job["micro"] or job["batch"]
     run = TurnRun(
-        job, turns, settings, lambda: dpo.with_reference(ref, records, tokenizer.eot, size, False, **data_of)
+        job, turns, settings, lambda: dpo.with_reference(ref, records, tokenizer.eot, size, False)
     )  # fmt: skip
     checkpointing = job["settings"].get("checkpointing", False)
-    prepare(RunArgs(run.folder, device=turns.device, checkpointing=checkpointing), policy)
-    dpo.train(policy.train(), ref, rankings(data), [], tokenizer, config, run, seed=0, **settings)
+    args = RunArgs(
+        run.folder, device=turns.device, checkpointing=checkpointing, kernel=policy.kernel, dtype=policy.dtype
+    )
+    prepare(args, policy)
+    batches = dpo.batches(rankings(data), [], tokenizer, ref, config, 0)
+    dpo.train(policy.train(), batches, config, run)
 
 
 def rm_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
@@ -157,19 +175,19 @@ def rm_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     config = reward_model.RewardModelConfig(
         steps=job["steps"], batch_size=job["batch"], lr=LR, weight_decay=0.0, sft_coef=0.0, held_out=0.0
     )
-    settings = accepted(reward_model.train, job["settings"])
-    batch_at, rest = reward_model.batches(rankings(data), [], tokenizer, model.config.n_positions, config, 0)
-    reward_model.train(model.train(), batch_at, rest, config, TurnRun(job, turns, settings), **settings)
+    settings = run_with(job["settings"], model)
+    batches = reward_model.batches(rankings(data), [], tokenizer, model.config.n_positions, config, 0)
+    reward_model.train(model.train(), batches, config, TurnRun(job, turns, settings))
 
 
 def sft_step(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     model, tokenizer = load_run(job["folder"] / "policy", device=turns.device)
     config = sft.SFTConfig(steps=job["steps"], batch_size=job["batch"], lr=LR, weight_decay=0.0, held_out=0.0)
-    settings = accepted(sft.train, job["settings"])
+    settings = run_with(job["settings"], model)
     pairs = zip(data["prompts"], data["chosen"])
     records = [Demonstration(TokenText("", prompt), TokenText("", response)) for prompt, response in pairs]
-    batch_at, rest = sft.batches(records, tokenizer, model.config.n_positions, config, 0)
-    sft.train(model.train(), batch_at, rest, config, TurnRun(job, turns, settings), **settings)
+    batches = sft.batches(records, tokenizer, model.config.n_positions, config, 0)
+    sft.train(model.train(), batches, config, TurnRun(job, turns, settings))
 
 
 class TimedRun(Run):
@@ -210,14 +228,14 @@ def pretrain(job: dict[str, Any], data: dict[str, Any], turns: Turns) -> None:
     text = Path(data["text"]).read_text(encoding="utf-8")
     tokenizer = make_tokenizer(257)
     config = sft.SFTConfig(**job["recipe"], held_out=0.1)
-    settings = accepted(sft.train, job["settings"])
     model = make_model(GPTConfig(tokenizer.vocab_size, **job["shape"]), job["seed"])
-    batch_at, held_out = sft.batches([Text(text)], tokenizer, model.config.n_positions, config, job["seed"])
+    settings = run_with(job["settings"], model)
+    batches = sft.batches([Text(text)], tokenizer, model.config.n_positions, config, job["seed"])
     out = Path(tempfile.mkdtemp(dir=job["folder"])) / "run"
     run = TimedRun(RunArgs(out=out, seed=job["seed"], device="cpu", checkpoint_every=10**9), config.steps)
     turns.ready(settings=settings)
     turns.begin()
-    sft.train(model, batch_at, held_out, config, run, **settings)
+    sft.train(model, batches, config, run)
     turns.end(curve=curve(run.seconds, run.losses, {done - 1 for done in run.losses}), steps=len(run.seconds))
 
 

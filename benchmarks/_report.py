@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from minirlhf import InputError, __version__, kernels
-from minirlhf.runs import write_text
+from minirlhf import InputError, __version__
+from minirlhf.kernels import build as kernels
+from minirlhf.run.folder import write_text
 
 console = Console(highlight=False)
 console.width = max(console.width, 132)  # in a file too, one row is one line

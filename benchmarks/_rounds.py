@@ -178,7 +178,7 @@ class Worker:
     def __init__(self, python, script, job, threads, deadline=None):
         self.deadline, self.facts, self.syncs = deadline, None, None
         self.seconds, self.about, self.peak, self.resting = [], [], 0, 0
-        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed in `stop`
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         quiet = {
             "HF_HUB_OFFLINE": "1",
             "TQDM_DISABLE": "1",

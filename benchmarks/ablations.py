@@ -35,8 +35,8 @@ from _experiment import (
 from _jobs import Job, train
 from _report import console
 
-from minirlhf.plot import DARK, LIGHT, drawing
-from minirlhf.runs import cli
+from minirlhf.commands.style import DARK, LIGHT, figure_panels
+from minirlhf.run.command_line import cli
 
 DEFAULT = "default"
 RM, GOLD = "the reward model", "gold"
@@ -119,11 +119,11 @@ def read_points(report: dict[str, Any], seed: int, runs: dict[str, Job]) -> list
 
 def draw(path: Path, points: Sequence[dict[str, Any]]) -> None:
     """Wins against the default, a dot a seed."""
-    with drawing(path, columns=2, width=4.6, height=3.6) as panels:
+    with figure_panels(path, columns=2, width=4.6, height=3.6) as panels:
         changes = [change for change in CHANGES if change != DEFAULT]
         for axes, key, text, middle in (
             (panels[0], "against_default", "share won against the default", 0.5),
-            (panels[1], "kl", "KL(π‖SFT), nats a response", None),
+            (panels[1], "kl", "KL(π‖SFT), nats per response", None),
         ):
             shown_changes = changes if key == "against_default" else list(CHANGES)
             for i, change in enumerate(shown_changes):

@@ -33,8 +33,8 @@ from _experiment import (
 from _jobs import Job, train
 from _report import console
 
-from minirlhf.plot import drawing, look
-from minirlhf.runs import cli
+from minirlhf.commands.style import figure_panels, series_style
+from minirlhf.run.command_line import cli
 
 PPO = "PPO, reward model"
 ADAPTIVE = "PPO, reward model, adaptive KL"
@@ -51,7 +51,7 @@ class Strengths:
     """How hard each method pulls."""
 
     kl_coefs: tuple[float, ...] = (0.2, 0.07, 0.025, 0.008)  # of the reward model's scores
-    kl_targets: tuple[float, ...] = (2.0, 8.0)  # nats a response
+    kl_targets: tuple[float, ...] = (2.0, 8.0)  # nats per response
     gold_kl_coefs: tuple[float, ...] = (0.4, 0.08)  # of the judge's, which spread about twice as wide
     betas: tuple[float, ...] = (0.5, 0.2, 0.1, 0.03)
     bare_betas: tuple[float, ...] = (0.2, 0.05)
@@ -178,7 +178,7 @@ def draw(path: Path, points: Sequence[dict], summary: Sequence[dict]) -> None:
     """Gold and reward against √KL: a line a method, a mark a seed."""
     start = next(row for row in summary if row["method"] == "SFT")
     methods = list(dict.fromkeys(row["method"] for row in summary if row["method"] != "SFT"))
-    with drawing(path, columns=2, width=5.2, height=4.0) as panels:
+    with figure_panels(path, columns=2, width=5.2, height=4.0) as panels:
         for axes, key, label in (
             (panels[0], "gold", "gold judge's score, 0 to 10"),
             (panels[1], "score", "reward model's score"),
@@ -188,15 +188,15 @@ def draw(path: Path, points: Sequence[dict], summary: Sequence[dict]) -> None:
                 at = [row["sqrt_kl"] for row in own]
                 axes.errorbar(
                     at, [row[key] for row in own], yerr=[row[f"{key}_pm"] for row in own], capsize=2, elinewidth=0.7,
-                    label=method, **look(i),
+                    label=method, **series_style(i),
                 )  # fmt: skip
                 single = [row for row in points if row["method"] == method]
                 axes.plot(
                     [max(row["kl"], 0) ** 0.5 for row in single], [row[key] for row in single], ".", markersize=2,
-                    color=look(i)["color"], alpha=0.5,
+                    color=series_style(i)["color"], alpha=0.5,
                 )  # fmt: skip
             axes.plot(0, start[key], "*", color="black", markersize=9, label="SFT")
-            axes.set(xlabel="√KL(π‖SFT), KL in nats a response", ylabel=label)
+            axes.set(xlabel="√KL(π‖SFT), KL in nats per response", ylabel=label)
         panels[0].set_title("What was wanted: the judge")
         panels[1].set_title("What was optimised: the reward model")
         panels[0].legend(fontsize=7, loc="lower right")

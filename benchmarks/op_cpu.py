@@ -24,8 +24,9 @@ from _peers import Peer, find_peers, implementations
 from _report import Bound, faster, find, finish, linear_bounds, machine, show_facts, show_rows
 
 from minirlhf import InputError
-from minirlhf.kernels import KernelUnavailable, facts, load
-from minirlhf.runs import check_at_least, cli
+from minirlhf.checks import check_at_least
+from minirlhf.kernels.build import KernelUnavailable, facts, load
+from minirlhf.run.command_line import cli
 
 TASKS = {"forward": FORWARD, "forward-kl": FORWARD_KL, "both": BOTH, "both-kl": BOTH_KL, "linear": LINEAR}
 READ = "amax() over fp32"
@@ -122,7 +123,7 @@ def time_task(case: str, task: Task, data: Data, args: Args, peers: list[Peer]) 
 CHILD = """
 import time, torch
 start = time.perf_counter()
-from minirlhf import kernels
+from minirlhf.kernels import build as kernels
 kernels.load()
 print(time.perf_counter() - start)
 """

@@ -38,10 +38,13 @@ from _report import Bound, console, faster, find, finish, linear_bounds, machine
 from rich.box import SIMPLE
 from rich.table import Table
 
-from minirlhf import InputError, fused
-from minirlhf.certificate import certificate
-from minirlhf.kernels import KernelUnavailable, facts, load
-from minirlhf.runs import check_at_least, check_positive, cli, write_text
+from minirlhf import InputError
+from minirlhf.checks import check_at_least, check_positive
+from minirlhf.commands.certificate import certificate
+from minirlhf.kernels import ops as fused
+from minirlhf.kernels.build import KernelUnavailable, facts, load
+from minirlhf.run.command_line import cli
+from minirlhf.run.folder import write_text
 
 DEVICE = "cuda"
 TASKS = {

@@ -41,13 +41,17 @@ from _jobs import Job, train
 from _report import console
 from torch import Tensor
 
-from minirlhf import helpdesk
-from minirlhf.best_of_n import expected_best, kl_bound, logratio
-from minirlhf.data import write_records
-from minirlhf.generate import sample
-from minirlhf.plot import drawing, look
-from minirlhf.rewards import GoldJudge, TokenText, load_reward, pair_accuracy, score
-from minirlhf.runs import cli, load_run, mix
+from minirlhf.algorithms.reward_model import pair_accuracy
+from minirlhf.algorithms.rewards import GoldJudge, load_reward, score
+from minirlhf.commands.best_of_n import expected_best, kl_bound, logratio
+from minirlhf.commands.style import figure_panels, series_style
+from minirlhf.data import helpdesk
+from minirlhf.data.records import write_records
+from minirlhf.data.tokenizer import TokenText
+from minirlhf.model.generate import sample
+from minirlhf.run.command_line import cli
+from minirlhf.run.folder import load_run
+from minirlhf.seeds import mix
 
 SIZES = {"small": (1, 32, 2), "medium": (2, 64, 4), "large": (3, 96, 6)}  # blocks, width, heads; the policy is large
 SMALLEST = "small"
@@ -63,7 +67,7 @@ class Extent:
     ppo_steps: int = 48
     kl_coefs: tuple[float, ...] = (0.02, 0.1)  # on the smallest, besides 0
     prompts: int = 100
-    pool: int = 512  # responses a prompt for best-of-n
+    pool: int = 512  # responses per prompt for best-of-n
     best_of: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -83,7 +87,7 @@ class Curve(NamedTuple):
     method: str  # PPO or best of n
     reward: str  # which reward model
     kl_coef: float
-    at: list[float]  # √KL, of nats a response
+    at: list[float]  # √KL, of nats per response
     proxy: list[float]  # in deviations of the SFT policy's responses
     gold: list[float]
 
@@ -486,7 +490,10 @@ def draw(path: Path, curves: Sequence[Curve]) -> None:
         for k, curve in enumerate(own):
             gold, proxy = ways(curve)
             values = gold if what == "gold" else proxy
-            options = look(i) | {"marker": "" if curve.method == "PPO" else look(i)["marker"], "linewidth": 1.2}
+            options = series_style(i) | {
+                "marker": "" if curve.method == "PPO" else series_style(i)["marker"],
+                "linewidth": 1.2,
+            }
             if not dashed:  # gold solid, proxy dashed; where all are gold, dashes tell them apart
                 options["linestyle"] = "-" if what == "gold" else "--"
             axes.plot(
@@ -494,7 +501,7 @@ def draw(path: Path, curves: Sequence[Curve]) -> None:
                 label=name if k == 0 else None, **options,
             )  # fmt: skip
 
-    with drawing(path, columns=3, rows=2, width=4.0, height=3.1) as panels:
+    with figure_panels(path, columns=3, rows=2, width=4.0, height=3.1) as panels:
         for axes, size in zip(panels, SIZES):
             own = of("PPO", size)
             line(axes, own, 1, "proxy", "reward model")
@@ -516,7 +523,7 @@ def draw(path: Path, curves: Sequence[Curve]) -> None:
         panels[5].set(title=f"PPO, β = 0, {SMALLEST} reward models: gold")
         for axes in panels:
             axes.axhline(0, color="black", linewidth=0.6)
-            axes.set(xlabel="√KL(π‖SFT), KL in nats a response", ylabel="deviations of SFT's responses")
+            axes.set(xlabel="√KL(π‖SFT), KL in nats per response", ylabel="deviations of SFT's responses")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=7)
 

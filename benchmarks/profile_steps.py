@@ -34,8 +34,10 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from vs_peers import CASES, Case, fit, write_inputs
 
-from minirlhf import runs
-from minirlhf.runs import check_at_least, cli, write_text
+from minirlhf.checks import check_at_least
+from minirlhf.run import terminal
+from minirlhf.run.command_line import cli
+from minirlhf.run.folder import write_text
 
 CaseName = Literal["sampling", "ppo", "dpo", "rm", "sft"]
 
@@ -93,7 +95,7 @@ class Spent:
     kinds: dict[str, float]
     floor: float
     operators: dict[str, tuple[float, int]]
-    """Own seconds a step, and calls a step."""
+    """Own seconds per step, and calls per step."""
 
 
 class Watch(Turns):
@@ -135,11 +137,11 @@ def kind_of(operator: str) -> str | None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what a run says of itself."""
-    before, runs.console.quiet = runs.console.quiet, True
+    before, terminal.console.quiet = terminal.console.quiet, True
     try:
         yield
     finally:
-        runs.console.quiet = before
+        terminal.console.quiet = before
 
 
 def spent(case: Case, args: Args) -> Spent:
@@ -184,7 +186,7 @@ def show(results: Sequence[Spent], top: int) -> None:
     for result in results if top else ():
         dearest = sorted(result.operators.items(), key=lambda one: -one[1][0])[:top]
         table = Table(box=SIMPLE, title=escape(result.case), title_justify="left", pad_edge=False)
-        for column in ("operator", "kind", "ms a step", "calls a step"):
+        for column in ("operator", "kind", "ms per step", "calls per step"):
             table.add_column(column, justify="left" if column in ("operator", "kind") else "right")
         for name, (own, calls) in dearest:
             table.add_row(escape(name), kind_of(name), f"{1e3 * own:.2f}", str(calls))

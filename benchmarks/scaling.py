@@ -28,18 +28,25 @@ import _flops
 import matplotlib
 import torch
 from _bench import DTYPES
-from _ours import LR, accepted, make_model
+from _ours import LR, make_model, run_with
 from _report import built, console, machine, show_facts
 from _rounds import METERS, Cpu, Gpu
 from profile_steps import quiet
 from rich.box import SIMPLE
 from rich.table import Table
 
-from minirlhf import InputError, sft
-from minirlhf.data import Batch
-from minirlhf.generate import Sampling, generate
-from minirlhf.model import GPTConfig
-from minirlhf.runs import Run, RunArgs, check_at_least, cli, pick_device, seeded, write_text
+from minirlhf import InputError
+from minirlhf.algorithms import sft
+from minirlhf.checks import check_at_least
+from minirlhf.data.batches import Batch, Data
+from minirlhf.devices import pick_device
+from minirlhf.model.generate import generate
+from minirlhf.model.gpt import GPTConfig
+from minirlhf.model.sampling import Sampling
+from minirlhf.run.arguments import RunArgs
+from minirlhf.run.command_line import cli
+from minirlhf.run.folder import Run, write_text
+from minirlhf.seeds import seeded
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -180,6 +187,7 @@ class StepRun(Run):
 def train(size: Size, settings: dict[str, Any], rounds: int, meter: Cpu | Gpu) -> Rounds:
     """Steps of sft.train on one batch of random tokens, all but the first of a row predicted."""
     model = make_model(size.config, seed=0).to(meter.device)
+    run_with(settings, model)
     tokens = torch.randint(size.vocabulary - 1, (size.batch, size.length), generator=seeded(0))
     counts = torch.ones_like(tokens, dtype=torch.bool)
     counts[:, 0] = False
@@ -187,7 +195,7 @@ def train(size: Size, settings: dict[str, Any], rounds: int, meter: Cpu | Gpu) -
     config = sft.SFTConfig(steps=2 + rounds + 1, batch_size=size.batch, lr=LR, held_out=0.0)
     with tempfile.TemporaryDirectory(prefix="scaling.") as folder:
         run = StepRun(folder, config.steps, meter)
-        sft.train(model, lambda step: batch, [], config, run, **accepted(sft.train, settings))
+        sft.train(model, Data(lambda step: [batch], []), config, run)
     run.rounds.seconds.pop()  # the last step looks over the weights
     return run.rounds
 
@@ -195,11 +203,12 @@ def train(size: Size, settings: dict[str, Any], rounds: int, meter: Cpu | Gpu) -
 def sample(size: Size, settings: dict[str, Any], rounds: int, meter: Cpu | Gpu) -> Rounds:
     """Batches of samples behind random prompts."""
     model = make_model(size.config, seed=0, endless=True).eval().to(meter.device)
+    run_with(settings, model, compiled=True)
     prompts = torch.randint(size.vocabulary - 1, (size.batch, size.prompt), generator=seeded(0)).tolist()
     given, drawn = (prompts, size.vocabulary - 1, size.length - size.prompt), Rounds(meter)
     for seed in range(2 + rounds):
         with drawn.one():
-            generate(model, *given, seed, Sampling(), **accepted(generate, settings))
+            generate(model, *given, seed, Sampling())
     return drawn
 
 

@@ -53,9 +53,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from minirlhf import InputError
-from minirlhf.checkpoints import save_model
-from minirlhf.model import GPTConfig
-from minirlhf.runs import check_at_least, cli, pick_device, write_text
+from minirlhf.checks import check_at_least
+from minirlhf.devices import pick_device
+from minirlhf.model.checkpoints import save_model
+from minirlhf.model.gpt import GPTConfig
+from minirlhf.run.command_line import cli
+from minirlhf.run.folder import write_text
 
 CaseName = Literal["sampling", "ppo", "dpo", "rm", "sft", "pretrain", "gpt2"]
 HERE = Path(__file__).resolve().parent

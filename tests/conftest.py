@@ -12,6 +12,9 @@ from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+HELPERS = Path(__file__).resolve().parent / "helpers"  # modules and programs that several tests use
+sys.path.insert(0, str(HELPERS))
+
 # Before anything of minirlhf is imported: every annotated function then checks what it gets and what it returns.
 # As everywhere in Python's own typing (PEP 484), an int will do where a float is asked for.
 typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))
@@ -19,14 +22,14 @@ hook = install_import_hook("minirlhf", "conftest.typecheck")
 
 import torch  # noqa: E402
 
-from minirlhf.checkpoints import save_model  # noqa: E402
-from minirlhf.model import GPT, GPTConfig, ScalarModel, init_weights, named_weights  # noqa: E402
-from minirlhf.tokenizer import Tokenizer  # noqa: E402
+from minirlhf.data.tokenizer import Tokenizer  # noqa: E402
+from minirlhf.model.checkpoints import save_model  # noqa: E402
+from minirlhf.model.gpt import GPT, GPTConfig, ScalarModel, init_weights, named_weights  # noqa: E402
 
 
-def python_path(folder: Path | str) -> dict[str, str]:
-    """For the environment of a command: modules are looked for in the folder first, then where they were before."""
-    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+def python_path(*folders: Path | str) -> dict[str, str]:
+    """For the environment of a command: modules are looked for in these folders first, then where they were before."""
+    return {"PYTHONPATH": os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 # For the commands that tests start: one thread, and this checkout's package, which need not be installed.

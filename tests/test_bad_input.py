@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minirlhf.checkpoints import load_model
-from minirlhf.runs import cli
-from minirlhf.tokenizer import Tokenizer
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.model.checkpoints import load_model
+from minirlhf.run.command_line import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_sft", "train_rm", "train_ppo", "train_dpo")
@@ -266,7 +266,7 @@ def test_a_reward_model_of_a_shorter_context_is_named(here, run, refused, make_r
     code, out, err = run("train_ppo", *reading("train_ppo", "pairs.jsonl", reward="enough"))
     assert code == 0, out + err
     line = refused("evaluate", *reading("evaluate", "pairs.jsonl", reward="short"))
-    assert "exceed the context of 16; shorten one of them" in line
+    assert "exceed the context of 16; shorten the prompt" in line
 
 
 def test_one_prompt_longer_than_the_context_is_an_error(refused):
@@ -644,12 +644,12 @@ def later(prompts, responses, texts):
     return [float("nan") if calls > 3 else float(len(text)) for text in texts]
 """
 WRONG = {
-    "column": ("returned shape (4, 1), expected (4,)", "one number a response"),
-    "short": ("returned shape (3,), expected (4,)", "one number a response"),
-    "number": ("returned shape (), expected (4,)", "one number a response"),
-    "nothing": ("returned NoneType, expected 4 numbers", "one number a response"),
-    "words": ("returned list, expected 4 numbers", "one number a response"),
-    "ragged": ("returned list, expected 4 numbers", "one number a response"),
+    "column": ("returned shape (4, 1), expected (4,)", "one number per response"),
+    "short": ("returned shape (3,), expected (4,)", "one number per response"),
+    "number": ("returned shape (), expected (4,)", "one number per response"),
+    "nothing": ("returned NoneType, expected 4 numbers", "one number per response"),
+    "words": ("returned list, expected 4 numbers", "one number per response"),
+    "ragged": ("returned list, expected 4 numbers", "one number per response"),
     "not_a_number": ("returned NaN for response 1", "finite numbers"),
     "infinite": ("returned -inf for response 0", "finite numbers"),
 }
@@ -701,10 +701,10 @@ def test_a_reward_function_that_turns_to_nan_keeps_what_was_learned(here, run, f
 # --- numbers that are not numbers -------------------------------------------------------------------------------------
 
 LOSSES = {
-    "train_sft": "minirlhf.sft.sft_loss",
-    "train_rm": "minirlhf.reward_model.ranking_loss",
-    "train_ppo": "minirlhf.ppo.policy_loss",
-    "train_dpo": "minirlhf.dpo.preference_loss",
+    "train_sft": "minirlhf.algorithms.sft.sft_loss",
+    "train_rm": "minirlhf.algorithms.reward_model.ranking_loss",
+    "train_ppo": "minirlhf.algorithms.losses.policy_loss",
+    "train_dpo": "minirlhf.algorithms.dpo.preference_loss",
 }
 
 

@@ -31,6 +31,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, FOLDER / script, *arguments], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_op_cpu_end_to_end(tmp_path):
     path = tmp_path / "results" / "cpu.json"
     done = run("op_cpu.py", *TINY, "--against", "peers", "--json", str(path))
@@ -52,6 +53,7 @@ def test_op_cpu_end_to_end(tmp_path):
         assert word in done.stdout
 
 
+@pytest.mark.slow
 def test_op_cpu_beside_torch_compile(tmp_path):
     path = tmp_path / "cpu.json"
     done = run(
@@ -213,6 +215,7 @@ def shown(results: dict, stdout: str) -> None:
         assert any(what in line for line in lines), (row, lines)
 
 
+@pytest.mark.slow
 def test_vs_peers_samples_beside_transformers(tmp_path):
     pytest.importorskip("transformers")
     path = tmp_path / "results.json"
@@ -257,6 +260,7 @@ def test_memory_is_compared_like_for_like(bench):
     assert found([rows[0], *rows[2:]])["gpt2 dpo, fp32", "TRL, gradient checkpointing"] == ("111%", False)
 
 
+@pytest.mark.slow
 def test_vs_peers_leaves_out_by_name_who_is_not_there(tmp_path, bare_python):
     path = tmp_path / "results.json"
     peers = "--peer-python", bare_python, "--ppo-peer-python", bare_python
@@ -553,9 +557,16 @@ def test_nobody_is_waited_for_beyond_the_minutes(tmp_path):
     assert "left out" in done.stdout
 
 
-def test_settings_go_where_they_are_accepted(bench):
-    accepted = bench("_ours").accepted
-    assert accepted(lambda x, dtype="fp32": x, {"dtype": "bf16", "compile": True}) == {"dtype": "bf16"}
+def test_settings_go_where_they_mean_something(bench):
+    ours = bench("_ours")
+    model, scorer = (ours.make_model(ours.GPTConfig(300, 16, 1, 1, 8), 0, scalar) for scalar in (False, True))
+    settings = {"dtype": "bf16", "compile": True, "checkpointing": True}
+    assert ours.run_with(settings, model, scorer) == {"dtype": "bf16"}
+    assert [(trunk.kernel, trunk.dtype, trunk.compiled) for trunk in (model, scorer.trunk)] == [
+        ("auto", "bf16", False)
+    ] * 2
+    assert ours.run_with(settings, model, compiled=True) == {"dtype": "bf16", "compile": True}
+    assert model.compiled
 
 
 def test_endless_samples_reach_their_limit(bench):
@@ -593,6 +604,7 @@ for i in range(int(flags["max_iters"]) + 1):
 """
 
 
+@pytest.mark.slow
 def test_pretraining_beside_a_checkout(bench, tmp_path, monkeypatch):
     """A stand-in that prints as nanoGPT does: a second an iteration, and six for each evaluation."""
     vs_peers = bench("vs_peers")
@@ -613,6 +625,7 @@ def test_pretraining_beside_a_checkout(bench, tmp_path, monkeypatch):
     assert not (checkout / "data" / "shakespeare_char" / "prepared").exists()
 
 
+@pytest.mark.slow
 def test_profile_steps_end_to_end(tmp_path):
     path = tmp_path / "profile.json"
     done = run("profile_steps.py", *SMALL, "--steps", "1", "--threads", "1", "--top", "2", "--json", str(path))
@@ -642,6 +655,7 @@ def test_operators_have_their_kind(bench):
         assert kind_of(operator) == kind, operator
 
 
+@pytest.mark.slow
 def test_scaling_end_to_end(tmp_path):
     path, picture = tmp_path / "scaling.json", tmp_path / "pictures" / "scaling.png"
     sizes = ("--length", "8", "16", "--vocabulary", "300", "--batch", "2", "--layers", "1", "--width", "32")
@@ -698,13 +712,13 @@ def test_operations_are_those_that_torch_counts(bench):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from minirlhf.model import GPT, GPTConfig
+    from minirlhf.model.gpt import GPT, GPTConfig
 
     flops = bench("_flops")
     config = GPTConfig(vocab_size=320, n_positions=16, n_layer=3, n_head=4, n_embd=32)
     B, T = 5, 12
     model, tokens = GPT(config), torch.randint(320, (B, T))
-    model.use_kernel("reference")
+    model.run_with("reference")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         hidden = model(tokens)
     assert forward.get_total_flops() == flops.trunk(config, B * T, B * T * T)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bug_zoo import BUGS, PAGE, ROOT, SEEDS, TIMES, WORLDS, healthy, infect
 
-from minirlhf.ppo import whiten
+from minirlhf.algorithms.losses import whiten
 
 BY_NAME = {bug.name: bug for bug in BUGS}
 
@@ -71,6 +71,7 @@ def run_tests(folder: Path, nodeids: list[str], *options: str) -> tuple[int, lis
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.slow
 def test_a_bug_is_caught_by_its_test(bug, tmp_path):
     with infect(bug):
         code, seen = run_tests(tmp_path / "inside", [bug.test], "-x", "--tb=no")
@@ -97,6 +98,7 @@ def test_what_is_not_caught_is_told(after, message, tmp_path):
         test_a_bug_is_caught_by_its_test(bug, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_a_bug_all_of_these_tests_are_there_and_green(tmp_path):
     named = sorted({bug.test for bug in BUGS})
     code, seen = run_tests(tmp_path / "inside", named)
@@ -172,7 +174,7 @@ def test_figures_are_measured(capsys):
 def test_a_script_can_be_run_with_a_bug(tmp_path, monkeypatch, capsys):
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nimport torch\nfrom minirlhf.evaluate import wins\n"
+        "import sys\nimport torch\nfrom minirlhf.commands.measures import wins\n"
         "print(sys.argv[1:], wins(torch.ones(2), torch.ones(2)))\n"
     )
     monkeypatch.setattr(sys, "argv", [])

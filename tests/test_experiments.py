@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from minirlhf import InputError
-from minirlhf.best_of_n import kl_bound
-from minirlhf.runs import cli, seeded
+from minirlhf.commands.best_of_n import kl_bound
+from minirlhf.run.command_line import cli
+from minirlhf.seeds import seeded
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -225,6 +226,7 @@ def short(bench, monkeypatch):
     return bench
 
 
+@pytest.mark.slow
 def test_all_experiments_end_to_end(short, tmp_path, capsys):
     """What they write is there and agrees with itself; what one made, the next does not make again."""
     for name in ("frontier", "ablations", "overoptimization"):

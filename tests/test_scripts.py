@@ -16,11 +16,13 @@ import torch
 from conftest import python_path
 from safetensors.torch import load_file
 
-from minirlhf import helpdesk
-from minirlhf.checkpoints import load_model
-from minirlhf.data import as_dict, read_records, write_records
-from minirlhf.runs import InputError, cli, load_run
-from minirlhf.tokenizer import Tokenizer
+from minirlhf import InputError
+from minirlhf.data import helpdesk
+from minirlhf.data.records import as_dict, read_records, write_records
+from minirlhf.data.tokenizer import Tokenizer
+from minirlhf.model.checkpoints import load_model
+from minirlhf.run.command_line import cli
+from minirlhf.run.folder import load_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_sft", "train_rm", "train_ppo", "train_dpo")
@@ -263,7 +265,7 @@ def test_both_kernels_give_the_same_curves(in_chain, call, tmp_path, name):
 KILLER = """
 import importlib, os, runpy, signal, sys
 script, where, number, *arguments = sys.argv[1:]
-module, name = importlib.import_module("minirlhf.runs"), where
+module, name = importlib.import_module("minirlhf.run.folder"), where
 if "." in where:
     owner, name = where.split(".")
     module = getattr(module, owner)
@@ -281,7 +283,7 @@ runpy.run_path(script, run_name="__main__")
 
 
 def start_and_kill(script, arguments, where, number):
-    """Start a script in a process of its own and have it killed at a call of a function of `minirlhf.runs`."""
+    """Start a script in a process of its own and have it killed at a call of a function of `minirlhf.run.folder`."""
     command = [sys.executable, "-c", KILLER, ROOT / f"{script}.py", where, number, *arguments, *CPU]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
@@ -425,7 +427,7 @@ def test_what_is_trained_first(tmp_path, monkeypatch, commands, script, argument
     asked = []
     monkeypatch.setattr(commands[script], "ensure_run", lambda folder, *command: asked.append((str(folder), command)))
     monkeypatch.setattr(commands[script], "load_run", stop)
-    monkeypatch.setattr(commands[script], "make_tokenizer", stop, raising=False)
+    monkeypatch.setattr(commands[script], "tokenizer_named", stop, raising=False)
     monkeypatch.setattr(sys, "argv", [script, "--n", "20", "--seed", "5", *arguments])
     with pytest.raises(StopHere):
         cli(commands[script].main, commands[script].Args)
@@ -673,10 +675,9 @@ def test_ppo_is_paid_by_an_ensemble_and_its_critic_starts_as_the_first(data, cal
     call("train_ppo", "--prompts", "prompts.jsonl", "--init", tiny_run, "--reward", f"worst:{members[0]},{members[1]}",
          "--out", "out", "--response-tokens", 8, "--batch-size", 8, "--minibatches", 2, "--steps", 2)  # fmt: skip
     assert len(trained(data / "out", tiny_run)) == 2
-    args = commands["train_ppo"].Args()
-    policy = commands["train_ppo"].load_run(tiny_run)[0]
+    policy, tokenizer = commands["train_ppo"].load_run(tiny_run)
     reward = commands["train_ppo"].load_reward(f"mean:{members[0]},{members[1]}")
-    critic = commands["train_ppo"].make_critic(args, policy, reward)
+    critic = commands["train_ppo"].make_critic(policy, tokenizer, reward, "auto", False)
     first, second = (model.state_dict() for model in (reward.members[0].model, reward.members[1].model))
     assert all(torch.equal(value, first[key]) for key, value in critic.state_dict().items())
     assert any(not torch.equal(value, second[key]) for key, value in critic.state_dict().items())
@@ -684,11 +685,11 @@ def test_ppo_is_paid_by_an_ensemble_and_its_critic_starts_as_the_first(data, cal
 
 def test_what_the_critic_starts_as(commands, make_run, tiny_run, tiny_reward_run, tmp_path):
     ppo = commands["train_ppo"]
-    policy, reward = ppo.load_run(tiny_run)[0], ppo.load_reward(str(tiny_reward_run))
+    (policy, tokenizer), reward = ppo.load_run(tiny_run), ppo.load_reward(str(tiny_reward_run))
     other = make_run(tmp_path / "other", scalar=True, seed=7)
 
-    def critic(init, reward=reward, **options):
-        return ppo.make_critic(ppo.Args(init=str(tiny_run), critic_init=init, **options), policy, reward).state_dict()
+    def critic(init, reward=reward):
+        return ppo.make_critic(policy, tokenizer, reward, init, False, tiny_run).state_dict()
 
     expected = {"auto": reward.model, str(other): ppo.load_run(other, scalar=True)[0]}
     for init, model in expected.items():

@@ -1,6 +1,6 @@
 """The CUDA kernels of token_stats, run on the CPU: right under every schedule, at every alignment, within bounds.
 
-The properties of the op are tested in tests/test_kernel_properties.py, on these kernels too. Here is what only an
+The properties of the op are tested in test_kernel_properties.py, on these kernels too. Here is what only an
 emulator can see; and that it does see it, by breaking the source.
 """
 
@@ -133,6 +133,7 @@ def drive(flags, link=(), csrc=simt.CSRC):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_sanitized():
     """Nothing is read or written out of bounds, no arithmetic is undefined; all four types."""
     status, said = drive(["-O1", *simt.SANITIZERS], simt.SANITIZERS)
